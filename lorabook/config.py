@@ -121,7 +121,7 @@ class LoraSettings:
     target_modules: list[str] | Literal["all-linear"] = "all-linear"  # which layers get an adapter
     use_rslora: bool = False  # scale by alpha / sqrt(r)
     use_dora: bool = False  # weight-decomposed LoRA
-    init_lora_weights: bool | Literal["gaussian", "eva", "olora", "pissa", "loftq", "orthogonal"] = True  # as in PEFT
+    init_lora_weights: bool | Literal["gaussian", "olora", "pissa", "loftq", "orthogonal"] = True  # as in PEFT
     modules_to_save: list[str] | None = None  # layers to train whole
 
 # %% ../nbs/01_config.ipynb #a286e532
