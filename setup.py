@@ -1,4 +1,5 @@
 """Packaging: everything is read from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -25,7 +26,11 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Programming Language :: Python :: 3",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     zip_safe=False,
 )

@@ -1,2 +1,37 @@
 """Fine-tune chat models with LoRA and QLoRA from notebooks that explain every step."""
+
 __version__ = "0.1.0"
+
+import importlib
+
+_HOME = {  # public name -> the module that defines it; loaded on first use
+    "RunConfig": "config",
+    "LorabookError": "errors",
+    "detect_hardware": "hardware",
+    "print_gpu_memory_usage": "memory",
+    "setup_model": "model.load",
+    "setup_lora": "model.adapter",
+    "trainable_report": "model.adapter",
+    "load_and_prepare_data": "data.source",
+    "assistant_spans": "data.template",
+    "show_tokens": "data.chat",
+    "prepare_datasets": "data.batch",
+    "generate": "infer.generate",
+    "chat": "infer.generate",
+    "evaluate": "infer.evaluate",
+    "create_trainer": "train.trainer",
+    "save_model": "export.save",
+    "run_training": "run",
+    "RunResult": "run",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorabook' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lorabook.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

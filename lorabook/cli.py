@@ -16,22 +16,42 @@ from .errors import LorabookError
 # %% ../nbs/81_cli.ipynb #adf41a3b
 def _parser():
     "The commands and their arguments."
-    parser = argparse.ArgumentParser(prog="lorabook", description="Fine-tune chat models with LoRA and QLoRA.")
+    parser = argparse.ArgumentParser(
+        prog="lorabook", description="Fine-tune chat models with LoRA and QLoRA."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("run", "fine-tune, evaluate before and after, save"), ("config", "print a complete config as YAML")):
+    for name, text in (
+        ("run", "fine-tune, evaluate before and after, save"),
+        ("config", "print a complete config as YAML"),
+    ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", nargs="*", metavar="config.yaml | section.key=value",
-                             help="a YAML file, and changes to single values; none: the built-in run")
-    commands.choices["run"].add_argument("--resume", nargs="?", const=True, default=None, metavar="CHECKPOINT",
-                                         help="go on from a checkpoint; without a name, the latest")
+        command.add_argument(
+            "config",
+            nargs="*",
+            metavar="config.yaml | section.key=value",
+            help="a YAML file, and changes to single values; none: the built-in run",
+        )
+    commands.choices["run"].add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a name, the latest",
+    )
     return parser
 
 
 def _read_config(words):
     "A config from a file name and changes, in any order."
     files, changes = [w for w in words if "=" not in w], [w for w in words if "=" in w]
-    if len(files) > 1: raise LorabookError("More than one config file was given.", ", ".join(files), "Give one, and changes as section.key=value.")
+    if len(files) > 1:
+        raise LorabookError(
+            "More than one config file was given.",
+            ", ".join(files),
+            "Give one, and changes as section.key=value.",
+        )
     return (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
 
 
@@ -42,7 +62,8 @@ def main(
     arguments = _parser().parse_args(argv)
     try:
         cfg = _read_config(arguments.config)
-        if arguments.command == "config": print(cfg.to_yaml(), end="")
+        if arguments.command == "config":
+            print(cfg.to_yaml(), end="")
         else:
             from lorabook.run import run_training
 

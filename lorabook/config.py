@@ -37,13 +37,26 @@ def _faults(error, section, cls):
     for e in error.errors():
         own, name = e.get("ctx", {}).get("error"), str((e["loc"] or ("",))[0])
         key = f"{section}.{name}" if section else name
-        if isinstance(own, ConfigError): faults.append(own)
+        if isinstance(own, ConfigError):
+            faults.append(own)
         elif e["type"] in ("unexpected_keyword_argument", "no_such_attribute"):
-            faults.append(ConfigError(f"Unknown key `{key}`.", f"{name}: {e['input']!r}",
-                                      f"Use one of: {', '.join(fields)}.{nearest(name, fields)}"))
-        else: wrong.setdefault((key, repr(e["input"]), type(e["input"]).__name__), []).append(e["msg"])
-    return faults + [ConfigError(f"`{key}` can't have this value.", f"{value} ({kind})", ", or: ".join(messages) + ".")
-                     for (key, value, kind), messages in wrong.items()]
+            faults.append(
+                ConfigError(
+                    f"Unknown key `{key}`.",
+                    f"{name}: {e['input']!r}",
+                    f"Use one of: {', '.join(fields)}.{nearest(name, fields)}",
+                )
+            )
+        else:
+            wrong.setdefault((key, repr(e["input"]), type(e["input"]).__name__), []).append(
+                e["msg"]
+            )
+    return faults + [
+        ConfigError(
+            f"`{key}` can't have this value.", f"{value} ({kind})", ", or: ".join(messages) + "."
+        )
+        for (key, value, kind), messages in wrong.items()
+    ]
 
 # %% ../nbs/01_config.ipynb #0447bdf7
 SECTIONS = {}  # section name -> its class; filled below
@@ -51,22 +64,31 @@ SECTIONS = {}  # section name -> its class; filled below
 
 def _as_config_error(method, section):
     "Run `method`; turn pydantic's faults into a `ConfigError`."
+
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        try: method(self, *args, **kwargs)
-        except ValidationError as error: faults = _faults(error, section, type(self))
-        else: return
+        try:
+            method(self, *args, **kwargs)
+        except ValidationError as error:
+            faults = _faults(error, section, type(self))
+        else:
+            return
         raise ConfigError("\n".join(map(str, faults)))
+
     return checked
 
 
 def _settings(section=None, extra="forbid"):
     "Make a class a checked dataclass, and name it as a section of the config."
+
     def decorate(cls):
         cls = dataclass(cls, config=ConfigDict(extra=extra, strict=True, validate_assignment=True))
-        for method in ("__init__", "__setattr__"): setattr(cls, method, _as_config_error(getattr(cls, method), section))
-        if section: SECTIONS[section] = cls
+        for method in ("__init__", "__setattr__"):
+            setattr(cls, method, _as_config_error(getattr(cls, method), section))
+        if section:
+            SECTIONS[section] = cls
         return cls
+
     return decorate
 
 # %% ../nbs/01_config.ipynb #1cf73e43
@@ -79,16 +101,25 @@ def builtin_path(
     what: Literal["model", "data"],  # which of the two
 ) -> str:  # a folder (model) or a JSONL file (data) inside the installed package
     "Where the built-in model or data is."
-    return str(resources.files("lorabook") / "assets" / {"model": "model", "data": "intake_notes.jsonl"}[what])
+    return str(
+        resources.files("lorabook")
+        / "assets"
+        / {"model": "model", "data": "intake_notes.jsonl"}[what]
+    )
 
 
 @_settings("model")
 class ModelSettings:
     "Which base model, and how to load it."
+
     name: str = "builtin"  # `builtin`, a local folder, or a hub id
     max_length: Annotated[int, Field(ge=8)] = 512  # longest row, tokens
-    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"  # auto: nf4 where bitsandbytes serves, else none
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of compute; auto: what suits the hardware
+    quantization: Literal["auto", "nf4", "int8", "none"] = (
+        "auto"  # auto: nf4 where bitsandbytes serves, else none
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = (
+        "auto"  # of compute; auto: what suits the hardware
+    )
     attn_implementation: str | None = None  # as in transformers; None: its choice
     device_map: str = "auto"  # as in transformers; auto: all GPUs, or the CPU if there is none
     revision: str | None = None  # branch, tag or commit on the hub
@@ -98,30 +129,44 @@ class ModelSettings:
 @_settings("data")
 class DataSettings:
     "Which conversations, and how they are split."
-    train_file: str = "builtin"  # `builtin`, a .jsonl, .json, .csv or .parquet file, or a hub dataset id
+
+    train_file: str = (
+        "builtin"  # `builtin`, a .jsonl, .json, .csv or .parquet file, or a hub dataset id
+    )
     validation_file: str | None = None  # None: cut from `train_file`
     test_file: str | None = None  # None: cut from `train_file`
-    split: list[Annotated[float, Field(ge=0)]] = dataclasses.field(default_factory=lambda: [9, 1, 1])  # train : validation : test
+    split: list[Annotated[float, Field(ge=0)]] = dataclasses.field(
+        default_factory=lambda: [9, 1, 1]
+    )  # train : validation : test
     system_prompt: str | None = None  # put before conversations that have none
-    over_length: Literal["drop", "error"] = "drop"  # rows longer than `model.max_length`; dropped rows are counted
+    over_length: Literal["drop", "error"] = (
+        "drop"  # rows longer than `model.max_length`; dropped rows are counted
+    )
 
     @model_validator(mode="after")
     def _check_split(self):
-        if len(self.split) == 3 and self.split[0] > 0: return self
-        raise ConfigError("`data.split` can't have this value.", self.split,
-                          "Give three parts, train : validation : test, with train above 0, such as [9, 1, 1].")
+        if len(self.split) == 3 and self.split[0] > 0:
+            return self
+        raise ConfigError(
+            "`data.split` can't have this value.",
+            self.split,
+            "Give three parts, train : validation : test, with train above 0, such as [9, 1, 1].",
+        )
 
 # %% ../nbs/01_config.ipynb #8d5e2be2
 @_settings("lora")
 class LoraSettings:
     "The adapter."
+
     r: Positive = 16  # rank
     alpha: Annotated[float, Field(gt=0)] = 32  # the update is scaled by alpha / r
     dropout: Share = 0.0  # on the adapter's input while training
     target_modules: list[str] | Literal["all-linear"] = "all-linear"  # which layers get an adapter
     use_rslora: bool = False  # scale by alpha / sqrt(r)
     use_dora: bool = False  # weight-decomposed LoRA
-    init_lora_weights: bool | Literal["gaussian", "olora", "pissa", "loftq", "orthogonal"] = True  # as in PEFT
+    init_lora_weights: bool | Literal["gaussian", "olora", "pissa", "loftq", "orthogonal"] = (
+        True  # as in PEFT
+    )
     modules_to_save: list[str] | None = None  # layers to train whole
 
 # %% ../nbs/01_config.ipynb #a286e532
@@ -129,38 +174,74 @@ def _check_passed_through(settings):
     "Refuse names that `TrainingArguments` doesn't have, and those that lorabook sets itself."
     own = [f.name for f in dataclasses.fields(settings)]
     extra = [name for name in vars(settings) if name not in own]
-    if not extra: return
+    if not extra:
+        return
     from transformers import TrainingArguments
 
-    ours = {"output_dir": "output_dir", "seed": "seed", "label_names": None, "remove_unused_columns": None,
-            "per_device_train_batch_size": "training.batch_size"}
+    ours = {
+        "output_dir": "output_dir",
+        "seed": "seed",
+        "label_names": None,
+        "remove_unused_columns": None,
+        "per_device_train_batch_size": "training.batch_size",
+    }
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in ours]
     for name in extra:
-        if name in known: continue
-        todo = f"Use `{ours[name]}`." if ours.get(name) else "lorabook sets it, and correct training depends on it; leave it out."
+        if name in known:
+            continue
+        todo = (
+            f"Use `{ours[name]}`."
+            if ours.get(name)
+            else "lorabook sets it, and correct training depends on it; leave it out."
+        )
         if name not in ours:
-            todo = f"Use one of: {', '.join(own)}; or a field of transformers.TrainingArguments.{nearest(name, own + known)}"
-        raise ConfigError(f"Unknown key `training.{name}`.", f"{name}: {getattr(settings, name)!r}", todo)
+            todo = (
+                f"Use one of: {', '.join(own)}; or a field of transformers.TrainingArguments."
+                f"{nearest(name, own + known)}"
+            )
+        raise ConfigError(
+            f"Unknown key `training.{name}`.", f"{name}: {getattr(settings, name)!r}", todo
+        )
 
 
 @_settings("training", extra="allow")
 class TrainingSettings:
     "The optimisation."
+
     batch_size: Positive = 4  # rows in a micro-batch, per device
     gradient_accumulation_steps: Positive = 8  # micro-batches in an optimizer step
     learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"  # peak; auto: by the model's width
-    max_steps: Annotated[int, Field(ge=-1)] = 100  # optimizer steps; -1: decided by `num_train_epochs`
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0  # passes over the data, where `max_steps` is -1
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
-                               "inverse_sqrt"] = "cosine"  # shape of the learning rate over the steps
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.03  # below 1 a share of all steps, else a number of steps
+    max_steps: Annotated[int, Field(ge=-1)] = (
+        100  # optimizer steps; -1: decided by `num_train_epochs`
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = (
+        3.0  # passes over the data, where `max_steps` is -1
+    )
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = "cosine"  # shape of the learning rate over the steps
+    warmup_steps: Annotated[float, Field(ge=0)] = (
+        0.03  # below 1 a share of all steps, else a number of steps
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  # AdamW's
     logging_steps: Positive = 10  # steps between log lines
     eval_steps: Positive | None = None  # steps between evaluations; None: `logging_steps`
-    save_steps: Positive | None = None  # steps between checkpoints, a multiple of `eval_steps`; None: every second evaluation
+    save_steps: Positive | None = (
+        None  # steps between checkpoints, a multiple of `eval_steps`; None: every second evaluation
+    )
     save_total_limit: Positive = 3  # checkpoints kept
-    early_stopping_patience: Positive | None = 3  # evaluations without improvement before stopping; None: never stop early
-    gradient_checkpointing: bool | Auto = "auto"  # recompute activations to save memory; auto: on a GPU
+    early_stopping_patience: Positive | None = (
+        3  # evaluations without improvement before stopping; None: never stop early
+    )
+    gradient_checkpointing: bool | Auto = (
+        "auto"  # recompute activations to save memory; auto: on a GPU
+    )
     report_to: str | list[str] = "none"  # trackers, as in transformers: tensorboard, wandb, trackio
 
     @model_validator(mode="after")
@@ -168,10 +249,17 @@ class TrainingSettings:
         _check_passed_through(self)
         evaluations = self.eval_steps or self.logging_steps
         if self.max_steps == 0:
-            raise ConfigError("`training.max_steps` can't have this value.", 0, "Give a number of steps, or -1 to count epochs.")
+            raise ConfigError(
+                "`training.max_steps` can't have this value.",
+                0,
+                "Give a number of steps, or -1 to count epochs.",
+            )
         if self.save_steps and self.save_steps % evaluations:
-            raise ConfigError("`training.save_steps` can't have this value.", f"{self.save_steps}, with an evaluation every {evaluations} steps",
-                              "Give a multiple, so that the best evaluation has a checkpoint; or leave it out.")
+            raise ConfigError(
+                "`training.save_steps` can't have this value.",
+                f"{self.save_steps}, with an evaluation every {evaluations} steps",
+                "Give a multiple, so that the best evaluation has a checkpoint; or leave it out.",
+            )
         return self
 
 # %% ../nbs/01_config.ipynb #68391635
@@ -181,41 +269,69 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
-            if keys.count(key) > 1: raise ConfigError(f"The key `{key}` stands twice in the YAML.", f"line {node.start_mark.line + 1} and below", "Delete one.")
+            if keys.count(key) > 1:
+                below = f"line {node.start_mark.line + 1} and below"
+                raise ConfigError(
+                    f"The key `{key}` stands twice in the YAML.", below, "Delete one."
+                )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def _read_yaml(text, where):
     "Parse YAML into plain objects."
-    try: return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{where} is not valid YAML.", f"{getattr(error, 'problem', None) or error}" + (f", line {mark.line + 1}" if mark else ""),
-                          "Check the indentation, and put a space after each colon.") from None
+        problem = str(getattr(error, "problem", None) or error)
+        raise ConfigError(
+            f"{where} is not valid YAML.",
+            problem + (f", line {mark.line + 1}" if mark else ""),
+            "Check the indentation, and put a space after each colon.",
+        ) from None
 
 # %% ../nbs/01_config.ipynb #bb574015
 def _section(name):
     "The type of a section: its settings, or a dict of them."
+
     def from_dict(value):
-        if isinstance(value, SECTIONS[name]): return value
-        if isinstance(value, dict): return SECTIONS[name](**{str(key): v for key, v in value.items()})
-        raise ConfigError(f"The section `{name}` is a mapping.", repr(value), f"Write `{name}: {{key: value}}`, or leave it out.")
+        if isinstance(value, SECTIONS[name]):
+            return value
+        if isinstance(value, dict):
+            return SECTIONS[name](**{str(key): v for key, v in value.items()})
+        raise ConfigError(
+            f"The section `{name}` is a mapping.",
+            repr(value),
+            f"Write `{name}: {{key: value}}`, or leave it out.",
+        )
+
     return Annotated[SECTIONS[name], BeforeValidator(from_dict)]
 
 
 @_settings()
 class RunConfig:
     "A whole run. `RunConfig()` is the built-in one."
+
     model: _section("model") = dataclasses.field(default_factory=ModelSettings)  # the base model
     data: _section("data") = dataclasses.field(default_factory=DataSettings)  # the conversations
     lora: _section("lora") = dataclasses.field(default_factory=LoraSettings)  # the adapter
-    training: _section("training") = dataclasses.field(default_factory=TrainingSettings)  # the optimisation
+    training: _section("training") = dataclasses.field(
+        default_factory=TrainingSettings
+    )  # the optimisation
     output_dir: str = "outputs"  # folder for checkpoints, the adapter and the records of the run
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of splits, initial adapter weights and data order
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # library -> version, in a run's record
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = (
+        42  # of splits, initial adapter weights and data order
+    )
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # library -> version, in a run's record
 
     @classmethod
     def from_dict(
@@ -224,8 +340,11 @@ class RunConfig:
     ) -> "RunConfig":  # raises `ConfigError`, which names each wrong key
         "Make a config from nested dicts; what is left out keeps its default."
         if not isinstance(values, dict):
-            raise ConfigError("A config is a mapping of sections.", f"{values!r:.80} ({type(values).__name__})",
-                              f"Write `section: {{key: value}}` with the sections {', '.join(SECTIONS)}.")
+            raise ConfigError(
+                "A config is a mapping of sections.",
+                f"{values!r:.80} ({type(values).__name__})",
+                f"Write `section: {{key: value}}` with the sections {', '.join(SECTIONS)}.",
+            )
         return cls(**{str(key): value for key, value in values.items()})
 
     @classmethod
@@ -234,9 +353,12 @@ class RunConfig:
         path: str | Path,  # a YAML file
     ) -> "RunConfig":  # raises `ConfigError`
         "Read a config."
-        try: text = Path(path).read_text(encoding="utf-8")
+        try:
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"The config {path} can't be read.", error, "Give the path of a YAML file.") from None
+            raise ConfigError(
+                f"The config {path} can't be read.", error, "Give the path of a YAML file."
+            ) from None
         return cls.from_dict(_read_yaml(text, path) or {})
 
     def override(
@@ -249,13 +371,22 @@ class RunConfig:
             path, equals, value = change.partition("=")
             *section, key = path.strip().split(".")
             if not equals or len(section) > 1 or (section and section[0] not in SECTIONS):
-                raise ConfigError("A change is written `section.key=value`.", change, f"The sections are: {', '.join(SECTIONS)}.")
-            (values[section[0]] if section else values)[key] = _read_yaml(value, f"The value in {change!r}")
+                raise ConfigError(
+                    "A change is written `section.key=value`.",
+                    change,
+                    f"The sections are: {', '.join(SECTIONS)}.",
+                )
+            (values[section[0]] if section else values)[key] = _read_yaml(
+                value, f"The value in {change!r}"
+            )
         return type(self).from_dict(values)
 
     def to_dict(self) -> dict:  # nested plain values
         "All settings, also those passed through."
-        values = {name: dict(vars(value)) if name in SECTIONS else value for name, value in vars(self).items()}
+        values = {
+            name: dict(vars(value)) if name in SECTIONS else value
+            for name, value in vars(self).items()
+        }
         return {name: value for name, value in values.items() if value != {}}
 
     def to_yaml(
@@ -264,10 +395,12 @@ class RunConfig:
     ) -> str:  # YAML that `from_yaml` reads back to an equal config
         "Write the config."
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        if path is not None: Path(path).write_text(text, encoding="utf-8")
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
-    def _repr_markdown_(self): return f"```yaml\n{self.to_yaml()}```"
+    def _repr_markdown_(self):
+        return f"```yaml\n{self.to_yaml()}```"
 
 # %% ../nbs/01_config.ipynb #bacc8423
 def library_versions() -> dict:  # library -> version, for those that are installed
@@ -279,5 +412,7 @@ def library_versions() -> dict:  # library -> version, for those that are instal
 
 def _version(name):
     "Installed version of a library, or None; its code is not imported."
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

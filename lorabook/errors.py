@@ -16,8 +16,10 @@ class LorabookError(Exception):
         todo: str | None = None,  # what to do about it
     ):
         lines = [str(happened)]
-        if found is not None: lines.append(f"  found: {found}")
-        if todo is not None: lines.append(f"  to do: {todo}")
+        if found is not None:
+            lines.append(f"  found: {found}")
+        if todo is not None:
+            lines.append(f"  to do: {todo}")
         super().__init__("\n".join(lines))
 
 

@@ -20,6 +20,7 @@ from .errors import HardwareError
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     "The device that a run will use."
+
     device: str  # "cuda", "xpu", "mps" or "cpu"
     name: str  # as the vendor calls it
     count: int  # devices of this kind
@@ -27,23 +28,40 @@ class Hardware:
     capability: tuple | None = None  # CUDA compute capability, such as (8, 0)
 
     def _repr_markdown_(self):
-        rows = {"device": f"{self.count} × {self.device}", "name": self.name, "memory": f"{self.memory_bytes / 2**30:.1f} GiB",
-                "compute dtype": str(compute_dtype(self)).removeprefix("torch.")}
-        if self.capability: rows["compute capability"] = "{}.{}".format(*self.capability)
-        return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+        rows = {
+            "device": f"{self.count} × {self.device}",
+            "name": self.name,
+            "memory": f"{self.memory_bytes / 2**30:.1f} GiB",
+            "compute dtype": str(compute_dtype(self)).removeprefix("torch."),
+        }
+        if self.capability:
+            rows["compute capability"] = "{}.{}".format(*self.capability)
+        return "| | |\n|---|---|\n" + "\n".join(
+            f"| {key} | {value} |" for key, value in rows.items()
+        )
 
 
 def detect_hardware() -> Hardware:  # the first accelerator that torch can use, else the CPU
     "Look at this machine."
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        return Hardware("cuda", card.name, torch.cuda.device_count(), card.total_memory, (card.major, card.minor))
+        return Hardware(
+            "cuda",
+            card.name,
+            torch.cuda.device_count(),
+            card.total_memory,
+            (card.major, card.minor),
+        )
     if torch.xpu.is_available():
         card = torch.xpu.get_device_properties(0)
         return Hardware("xpu", card.name, torch.xpu.device_count(), card.total_memory)
     if torch.backends.mps.is_available():
-        return Hardware("mps", platform.processor() or "Apple GPU", 1, torch.mps.recommended_max_memory())
-    return Hardware("cpu", f"{platform.machine()}, {os.cpu_count()} cores", 1, psutil.virtual_memory().total)
+        return Hardware(
+            "mps", platform.processor() or "Apple GPU", 1, torch.mps.recommended_max_memory()
+        )
+    return Hardware(
+        "cpu", f"{platform.machine()}, {os.cpu_count()} cores", 1, psutil.virtual_memory().total
+    )
 
 # %% ../nbs/02_hardware.ipynb #fa4dc9de
 def compute_dtype(
@@ -51,7 +69,8 @@ def compute_dtype(
 ) -> torch.dtype:  # `torch.bfloat16`, `torch.float16` or `torch.float32`
     "The number format in which this hardware trains fastest without harm."
     hardware = hardware or detect_hardware()
-    if hardware.device == "cuda": return torch.bfloat16 if hardware.capability >= (8, 0) else torch.float16
+    if hardware.device == "cuda":
+        return torch.bfloat16 if hardware.capability >= (8, 0) else torch.float16
     return torch.bfloat16 if hardware.device == "xpu" else torch.float32
 
 
@@ -69,10 +88,18 @@ def choose_quantization(
     "Decide how base weights are stored on this hardware."
     hardware = hardware or detect_hardware()
     problem = None
-    if importlib.util.find_spec("bitsandbytes") is None: problem = "bitsandbytes is not installed"
-    elif hardware.device == "mps": problem = "bitsandbytes has no fast kernels for Apple GPUs"
-    elif hardware.capability and hardware.capability < (6, 0): problem = f"compute capability {hardware.capability} is below 6.0"
-    if problem is None: return "nf4" if wanted == "auto" else wanted
-    if wanted in ("auto", "none"): return "none"
-    raise HardwareError(f"Quantization `{wanted}` can't run here.", problem,
-                        "Set `model.quantization: none`, or install bitsandbytes (`pip install bitsandbytes`) on a machine that it serves.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problem = "bitsandbytes is not installed"
+    elif hardware.device == "mps":
+        problem = "bitsandbytes has no fast kernels for Apple GPUs"
+    elif hardware.capability and hardware.capability < (6, 0):
+        problem = f"compute capability {hardware.capability} is below 6.0"
+    if problem is None:
+        return "nf4" if wanted == "auto" else wanted
+    if wanted in ("auto", "none"):
+        return "none"
+    raise HardwareError(
+        f"Quantization `{wanted}` can't run here.",
+        problem,
+        "Set `model.quantization: none`, or `pip install bitsandbytes` where it runs.",
+    )

@@ -9,29 +9,46 @@ __all__ = ['GB', 'memory_now', 'print_gpu_memory_usage', 'MemoryLog']
 import psutil
 import torch
 
-from .hardware import detect_hardware
-
 # %% ../nbs/10_memory.ipynb #e8038deb
 GB = 10**9
 
 
-def memory_now() -> list[dict]:  # a dict for each device: `name`, then bytes `allocated`, `peak`, `reserved`, `free`, `total`
+def memory_now() -> list[
+    dict
+]:  # a dict for each device: `name`, then bytes `allocated`, `peak`, `reserved`, `free`, `total`
     "Read the memory of every GPU, or of this process where there is none."
     if not torch.cuda.is_available():
         process, machine = psutil.Process().memory_info(), psutil.virtual_memory()
-        return [dict(name="CPU, this process", allocated=process.rss, peak=max(process.rss, _peak_rss(process)), reserved=process.rss,
-                     free=machine.available, total=machine.total)]
+        return [
+            dict(
+                name="CPU, this process",
+                allocated=process.rss,
+                peak=max(process.rss, _peak_rss(process)),
+                reserved=process.rss,
+                free=machine.available,
+                total=machine.total,
+            )
+        ]
     rows = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        rows.append(dict(name=f"GPU {i}, {torch.cuda.get_device_name(i)}", allocated=torch.cuda.memory_allocated(i),
-                         peak=torch.cuda.max_memory_allocated(i), reserved=torch.cuda.memory_reserved(i), free=free, total=total))
+        rows.append(
+            dict(
+                name=f"GPU {i}, {torch.cuda.get_device_name(i)}",
+                allocated=torch.cuda.memory_allocated(i),
+                peak=torch.cuda.max_memory_allocated(i),
+                reserved=torch.cuda.memory_reserved(i),
+                free=free,
+                total=total,
+            )
+        )
     return rows
 
 
 def _peak_rss(info):
     "Highest resident memory of this process so far, bytes."
-    if hasattr(info, "peak_wset"): return info.peak_wset  # Windows
+    if hasattr(info, "peak_wset"):
+        return info.peak_wset  # Windows
     import resource
     import sys
 
@@ -41,16 +58,20 @@ def _peak_rss(info):
 
 def print_gpu_memory_usage():
     "Print the memory of every GPU in GB; without one, say so and print that of the process."
-    if not torch.cuda.is_available(): print("No GPU is available. Memory of this process:")
+    if not torch.cuda.is_available():
+        print("No GPU is available. Memory of this process:")
     for row in memory_now():
-        print(f"{row['name']}: allocated {row['allocated'] / GB:.2f} GB, reserved {row['reserved'] / GB:.2f} GB, "
-              f"total {row['total'] / GB:.2f} GB, free {row['free'] / GB:.2f} GB")
+        figures = (
+            f"{key} {row[key] / GB:.2f} GB" for key in ("allocated", "reserved", "total", "free")
+        )
+        print(f"{row['name']}: {', '.join(figures)}")
 
 # %% ../nbs/10_memory.ipynb #7ac986fb
 class MemoryLog:
     "Memory at the end of each phase of a run, and its peak within the phase."
 
-    def __init__(self): self.rows = []
+    def __init__(self):
+        self.rows = []
 
     def mark(
         self,
@@ -58,7 +79,8 @@ class MemoryLog:
     ):
         "Note the memory of every device."
         self.rows += [dict(phase=phase, **row) for row in memory_now()]
-        for i in range(torch.cuda.device_count()): torch.cuda.reset_peak_memory_stats(i)
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
 
     @property
     def peak(self) -> int:  # bytes, on the fullest device
@@ -66,6 +88,8 @@ class MemoryLog:
         return max(row["peak"] for row in self.rows)
 
     def _repr_markdown_(self):
-        head = "| phase | device | in use, GB | peak, GB | of, GB |\n|---|---|---:|---:|---:|\n"
-        return head + "\n".join(f"| {r['phase']} | {r['name']} | {r['allocated'] / GB:.2f} | {r['peak'] / GB:.2f} | {r['total'] / GB:.1f} |"
-                                for r in self.rows)
+        lines = ["| phase | device | in use, GB | peak, GB | of, GB |", "|---|---|---:|---:|---:|"]
+        for row in self.rows:
+            used, peak, total = (f"{row[key] / GB:.2f}" for key in ("allocated", "peak", "total"))
+            lines.append(f"| {row['phase']} | {row['name']} | {used} | {peak} | {total} |")
+        return "\n".join(lines)

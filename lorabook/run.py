@@ -28,6 +28,7 @@ from .train.trainer import create_trainer, get_history
 @dataclasses.dataclass
 class RunResult:
     "Everything about a finished run that is worth keeping. A notebook shows it as a page."
+
     adapter_dir: Path  # loads with `peft.AutoPeftModelForCausalLM`
     before: Scores | None  # of the base model on the test split; None: there is no test split
     after: Scores | None  # of the adapter, on the same rows
@@ -39,29 +40,52 @@ class RunResult:
 
     def to_dict(self) -> dict:  # what metrics.json holds
         "The figures of the run."
-        scores = {name: s.to_dict() for name, s in (("before", self.before), ("after", self.after)) if s}
-        return dict(scores, steps=self.history.rows[-1]["step"] if self.history.rows else 0, seconds={k: round(v, 2) for k, v in self.seconds.items()},
-                    peak_memory_bytes=self.memory.peak, trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
-                    adapter_dir=str(self.adapter_dir), versions=self.config.versions)
+        scores = {
+            name: s.to_dict() for name, s in (("before", self.before), ("after", self.after)) if s
+        }
+        return dict(
+            scores,
+            steps=self.history.rows[-1]["step"] if self.history.rows else 0,
+            seconds={k: round(v, 2) for k, v in self.seconds.items()},
+            peak_memory_bytes=self.memory.peak,
+            trainable_parameters=self.trainable.trainable,
+            total_parameters=self.trainable.total,
+            adapter_dir=str(self.adapter_dir),
+            versions=self.config.versions,
+        )
 
     def _score_rows(self):
         "(name, before, after), as text."
-        if not self.after: return []
+        if not self.after:
+            return []
         before, after = self.before.to_dict(), self.after.to_dict()
-        return [(name.replace("_", " "), show_score(name, before[name]), show_score(name, value)) for name, value in after.items() if name != "rows"]
+        return [
+            (name.replace("_", " "), show_score(name, before[name]), show_score(name, value))
+            for name, value in after.items()
+            if name != "rows"
+        ]
 
     def __str__(self):
-        lines = [f"{'':<16}{'base':>10}{'adapter':>10}"] + [f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()]
-        return "\n".join([*(lines if self.after else []), f"peak memory {self.memory.peak / 1e9:.2f} GB, {sum(self.seconds.values()):.0f} s in all",
-                          f"adapter: {self.adapter_dir}"])
+        lines = [f"{'':<16}{'base':>10}{'adapter':>10}"] + [
+            f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()
+        ]
+        return "\n".join(
+            [
+                *(lines if self.after else []),
+                f"peak memory {self.memory.peak / 1e9:.2f} GB, {sum(self.seconds.values()):.0f} s",
+                f"adapter: {self.adapter_dir}",
+            ]
+        )
 
-    def _repr_html_(self): return _result_page(self)
+    def _repr_html_(self):
+        return _result_page(self)
 
 # %% ../nbs/80_run.ipynb #5850346c
 def _table(head, rows, align="left"):
     "An HTML table; all cells are escaped."
-    row = lambda cells, tag: "<tr>" + "".join(f'<{tag} style="text-align:{align};vertical-align:top;white-space:pre-wrap">{escape(str(c))}</{tag}>'
-                                              for c in cells) + "</tr>"
+    style = f"text-align:{align};vertical-align:top;white-space:pre-wrap"
+    cell = lambda value, tag: f'<{tag} style="{style}">{escape(str(value))}</{tag}>'
+    row = lambda cells, tag: f"<tr>{''.join(cell(value, tag) for value in cells)}</tr>"
     return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in rows)}</table>"
 
 
@@ -69,23 +93,54 @@ def _result_page(result, examples=3):
     "A `RunResult` as HTML."
     parts = []
     if result.after:
-        parts += [f"<h4>Before and after, on {result.after.rows} unseen conversations</h4>", _table(("", "base", "adapter"), result._score_rows(), "right")]
-        rows = [(prompt[-1]["content"], base, answer, reference) for (prompt, reference, answer), (_, _, base)
-                in zip(result.after.answers[:examples], result.before.answers[:examples])]
-        parts += ["<h4>The same prompts</h4>", _table(("prompt", "base", "adapter", "reference"), rows)]
-    parts += ["<h4>Training</h4>", result.history._repr_html_() if result.history.rows else "", f"<p>{escape(str(result.trainable))}</p>",
-              "<h4>Memory and time</h4>", _table(("phase", "device", "in use, GB", "peak, GB", "seconds"), [
-                  (r["phase"], r["name"], f"{r['allocated'] / 1e9:.2f}", f"{r['peak'] / 1e9:.2f}", f"{result.seconds.get(r['phase'], 0):.0f}")
-                  for r in result.memory.rows]),
-              f"<h4>Where it is</h4><p>adapter: <code>{escape(str(result.adapter_dir))}</code><br>the config that repeats it: "
-              f"<code>{escape(str(result.adapter_dir / 'run.yaml'))}</code></p>"]
+        parts += [
+            f"<h4>Before and after, on {result.after.rows} unseen conversations</h4>",
+            _table(("", "base", "adapter"), result._score_rows(), "right"),
+        ]
+        rows = [
+            (prompt[-1]["content"], base, answer, reference)
+            for (prompt, reference, answer), (_, _, base) in zip(
+                result.after.answers[:examples], result.before.answers[:examples]
+            )
+        ]
+        parts += [
+            "<h4>The same prompts</h4>",
+            _table(("prompt", "base", "adapter", "reference"), rows),
+        ]
+    parts += [
+        "<h4>Training</h4>",
+        result.history._repr_html_() if result.history.rows else "",
+        f"<p>{escape(str(result.trainable))}</p>",
+        "<h4>Memory and time</h4>",
+        _table(
+            ("phase", "device", "in use, GB", "peak, GB", "seconds"),
+            [
+                (
+                    r["phase"],
+                    r["name"],
+                    f"{r['allocated'] / 1e9:.2f}",
+                    f"{r['peak'] / 1e9:.2f}",
+                    f"{result.seconds.get(r['phase'], 0):.0f}",
+                )
+                for r in result.memory.rows
+            ],
+        ),
+        f"<h4>Where it is</h4><p>adapter: <code>{escape(str(result.adapter_dir))}</code><br>",
+        f"config: <code>{escape(str(result.adapter_dir / 'run.yaml'))}</code>, which repeats it</p>",
+    ]
     return f"<div>{''.join(parts)}</div>"
 
 # %% ../nbs/80_run.ipynb #24547dce
 class _Phases:
     "Announces phases, and notes what each took."
 
-    def __init__(self, names): self.names, self.memory, self.seconds, self.start = list(names), MemoryLog(), {}, time.monotonic()
+    def __init__(self, names):
+        self.names, self.memory, self.seconds, self.start = (
+            list(names),
+            MemoryLog(),
+            {},
+            time.monotonic(),
+        )
 
     def begin(self, name):
         print(f"\n[{self.names.index(name) + 1}/{len(self.names)}] {name}", flush=True)
@@ -98,14 +153,21 @@ class _Phases:
 
 def _prepare_output(cfg):
     "Make the output folder, so that no right to write is known before the download."
-    try: Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("`output_dir` can't be made.", f"{cfg.output_dir}: {error}", "Give a folder that you may write to.") from error
+        raise ConfigError(
+            "`output_dir` can't be made.",
+            f"{cfg.output_dir}: {error}",
+            "Give a folder that you may write to.",
+        ) from error
 
 # %% ../nbs/80_run.ipynb #17ad917b
 def run_training(
     cfg: RunConfig | None = None,  # None: the built-in run
-    resume_from_checkpoint: str | bool | None = None,  # a checkpoint's folder, or True for the latest
+    resume_from_checkpoint: str
+    | bool
+    | None = None,  # a checkpoint's folder, or True for the latest
     callbacks: list | None = None,  # `TrainerCallback`s of your own
 ) -> RunResult:  # raises the errors of each stage
     "Fine-tune, evaluate before and after, and save."
@@ -134,7 +196,16 @@ def run_training(
     phases.end("before")
 
     phases.begin("train")
-    trainer = create_trainer(model, tokenizer, data["train"], data["validation"], cfg.output_dir, cfg.training, cfg.seed, callbacks)
+    trainer = create_trainer(
+        model,
+        tokenizer,
+        data["train"],
+        data["validation"],
+        cfg.output_dir,
+        cfg.training,
+        cfg.seed,
+        callbacks,
+    )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     phases.end("train")
 
@@ -146,8 +217,19 @@ def run_training(
     cfg = RunConfig.from_dict(cfg.to_dict() | {"versions": library_versions()})
     adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
     phases.end("save")
-    result = RunResult(adapter_dir, before, after, get_history(trainer), phases.memory, trainable, phases.seconds, cfg)
-    Path(cfg.output_dir, "metrics.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
+    result = RunResult(
+        adapter_dir,
+        before,
+        after,
+        get_history(trainer),
+        phases.memory,
+        trainable,
+        phases.seconds,
+        cfg,
+    )
+    Path(cfg.output_dir, "metrics.json").write_text(
+        json.dumps(result.to_dict(), indent=2), encoding="utf-8"
+    )
     cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
     print(f"\n{result}")
     return result

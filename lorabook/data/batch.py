@@ -33,14 +33,26 @@ def _account(name, rows, kept, max_length, over_length):
     lengths = sorted(rows["length"])
     over = sum(length > max_length for length in lengths)
     if over and over_length == "error":
-        raise DataError(f"{over} rows of {name} are longer than `model.max_length`.", f"longest: {lengths[-1]} tokens; allowed: {max_length}",
-                        "Raise `model.max_length`, or set `data.over_length: drop`.")
+        raise DataError(
+            f"{over} rows of {name} are longer than `model.max_length`.",
+            f"longest: {lengths[-1]} tokens; allowed: {max_length}",
+            "Raise `model.max_length`, or set `data.over_length: drop`.",
+        )
     if not len(kept):
-        raise DataError(f"No row of {name} can be trained on.", f"{len(rows)} rows, {over} longer than {max_length} tokens",
-                        "Raise `model.max_length`; if the rows are short enough, check that they have answers.")
-    trained = sum(label != -100 for row in kept["labels"] for label in row)
-    print(f"{name}: {len(kept)} rows, {sum(kept['length']):,} tokens, {trained / sum(kept['length']):.0%} trained; length {lengths[len(lengths) // 2]} "
-          f"in the middle, {lengths[-1]} at most; dropped: {over} too long, {len(rows) - len(kept) - over} without an answer")
+        raise DataError(
+            f"No row of {name} can be trained on.",
+            f"{len(rows)} rows, {over} longer than {max_length} tokens",
+            "Raise `model.max_length`; if the rows are short enough, check that they have answers.",
+        )
+    tokens, trained = (
+        sum(kept["length"]),
+        sum(label != -100 for row in kept["labels"] for label in row),
+    )
+    print(
+        f"{name}: {len(kept)} rows, {tokens:,} tokens, {trained / tokens:.0%} trained; "
+        f"median length {lengths[len(lengths) // 2]}, longest {lengths[-1]}; "
+        f"dropped: {over} too long, {len(rows) - len(kept) - over} without an answer"
+    )
 
 
 def prepare_datasets(
@@ -48,13 +60,21 @@ def prepare_datasets(
     tokenizer,  # with a chat template
     cfg: DataSettings | None = None,  # `over_length` is used
     max_length: int = 512,  # tokens; longer rows are dropped and counted, or refused
-) -> DatasetDict:  # rows {input_ids: [n] int, labels: [n] int, length: int}; raises `DataError`, `TemplateError`
+) -> (
+    DatasetDict
+):  # rows {input_ids: [n] int, labels: [n] int, length: int}; raises `DataError`, `TemplateError`
     "Tokenize conversations; prints what became of the rows."
     prepared = {}
     for name, split in raw.items():
-        rows = split.map(_encode_row, fn_kwargs={"tokenizer": tokenizer}, remove_columns=split.column_names, desc=f"tokenize {name}")
+        rows = split.map(
+            _encode_row,
+            fn_kwargs={"tokenizer": tokenizer},
+            remove_columns=split.column_names,
+            desc=f"tokenize {name}",
+        )
         kept = rows.filter(_keep, fn_kwargs={"max_length": max_length}) if len(rows) else rows
-        if len(rows): _account(name, rows, kept, max_length, (cfg or DataSettings()).over_length)
+        if len(rows):
+            _account(name, rows, kept, max_length, (cfg or DataSettings()).over_length)
         prepared[name] = kept
     return DatasetDict(prepared)
 
@@ -62,6 +82,7 @@ def prepare_datasets(
 @dataclasses.dataclass
 class PadCollator:
     "Stack rows, padded on the right to the longest of them."
+
     pad_token_id: int  # fills `input_ids`; labels are filled with -100, whatever the ids are
     pad_to_multiple_of: int = 1  # 8 suits the tensor cores of a GPU
 
@@ -69,9 +90,18 @@ class PadCollator:
         self,
         rows: list[dict],  # with `input_ids` and `labels`
     ) -> dict:  # `input_ids`, `labels`, `attention_mask`: [rows, longest] int64
-        pad = lambda key, value: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=value)
+        pad = lambda key, value: pad_sequence(
+            [torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=value
+        )
         ids, labels = pad("input_ids", self.pad_token_id), pad("labels", -100)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         if extra := -ids.shape[1] % self.pad_to_multiple_of:
-            ids, labels = (torch.nn.functional.pad(t, (0, extra), value=v) for t, v in ((ids, self.pad_token_id), (labels, -100)))
-        return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+            ids, labels = (
+                torch.nn.functional.pad(t, (0, extra), value=v)
+                for t, v in ((ids, self.pad_token_id), (labels, -100))
+            )
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        }

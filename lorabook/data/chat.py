@@ -16,7 +16,8 @@ from ..errors import ModelError
 def _is_trained(text, start, end, spans):
     "Whether all characters of a token that are not white space lie in one span."
     piece = text[start:end]
-    if piece.strip(): start, end = start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
+    if piece.strip():
+        start, end = start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
     return start < end and any(a <= start and end <= b for a, b in spans)
 
 
@@ -24,39 +25,71 @@ def encode_chat(
     messages: list[dict],  # a conversation
     tokenizer,  # a fast tokenizer with a chat template
     tools: list[dict] | None = None,  # JSON schemas of tools
-) -> dict:  # `input_ids` [n] int and `labels` [n] int, -100 where not trained; raises `TemplateError`, `ModelError`
-    "Turn a conversation into tokens and labels."
+) -> dict:  # `input_ids` and `labels`: [n] int each; a label is -100 where nothing is trained
+    "Turn a conversation into tokens and labels; raises `TemplateError`, `ModelError`."
     if not tokenizer.is_fast:
-        raise ModelError("This tokenizer can't tell which characters a token covers.", type(tokenizer).__name__, "Use the fast version of the tokenizer.")
-    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    text, spans = assistant_spans(tokenizer.get_chat_template(tools=tools), messages, tools, **names)
+        raise ModelError(
+            "This tokenizer can't tell which characters a token covers.",
+            type(tokenizer).__name__,
+            "Use the fast version of the tokenizer.",
+        )
+    names = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
+    text, spans = assistant_spans(
+        tokenizer.get_chat_template(tools=tools), messages, tools, **names
+    )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    return {"input_ids": ids, "labels": [i if _is_trained(text, *offset, spans) else -100 for i, offset in zip(ids, offsets)]}
+    return {
+        "input_ids": ids,
+        "labels": [
+            i if _is_trained(text, *offset, spans) else -100 for i, offset in zip(ids, offsets)
+        ],
+    }
 
 # %% ../../nbs/32_data.chat.ipynb #259d849f
+_TRAINED = "background:rgba(46,160,67,.35)"  # a green that is readable on light and on dark
+
+
 @dataclasses.dataclass
 class TokenView:
     "A row, token by token."
+
     pieces: list  # (text, id, trained, special)
 
     @property
-    def trained(self) -> int: return sum(trained for _, _, trained, _ in self.pieces)
+    def trained(self) -> int:
+        return sum(trained for _, _, trained, _ in self.pieces)
 
     def __str__(self):
-        colour = {(True, False): "\033[30;42m", (True, True): "\033[1;30;42m", (False, True): "\033[1;2m", (False, False): "\033[2m"}
-        body = "".join(f"{colour[trained, special]}{text}\033[0m" for text, _, trained, special in self.pieces)
+        colour = {
+            (True, False): "\033[30;42m",
+            (True, True): "\033[1;30;42m",
+            (False, True): "\033[1;2m",
+            (False, False): "\033[2m",
+        }
+        body = "".join(
+            f"{colour[trained, special]}{text}\033[0m" for text, _, trained, special in self.pieces
+        )
         return f"{body}\n{self.trained} of {len(self.pieces)} tokens are trained"
 
     def _repr_html_(self):
         spans = []
         for text, token_id, trained, special in self.pieces:
-            style = "background:rgba(46,160,67,.35);" if trained else "opacity:.65;"
-            if special: style += "outline:1px solid currentColor;outline-offset:-1px;border-radius:3px;font-weight:600;"
+            style = _TRAINED if trained else "opacity:.65"
+            if special:
+                style += ";outline:1px solid currentColor;border-radius:3px;font-weight:600"
             shown = escape(text).replace("\n", "⏎<br>").replace(" ", "&nbsp;<wbr>")
-            spans.append(f'<span title="id {token_id}{", trained" if trained else ""}" style="{style}">{shown}</span>')
-        return (f'<div style="font-family:monospace;line-height:1.7;padding:.5em">{"".join(spans)}<div style="margin-top:.5em">'
-                f'<b>{self.trained}</b> of <b>{len(self.pieces)}</b> tokens are <span style="background:rgba(46,160,67,.35)">trained</span></div></div>')
+            note = f"id {token_id}, trained" if trained else f"id {token_id}"
+            spans.append(f'<span title="{note}" style="{style}">{shown}</span>')
+        count = f"<b>{self.trained}</b> of <b>{len(self.pieces)}</b> tokens are"
+        return (
+            f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}'
+            f'<p>{count} <span style="{_TRAINED}">trained</span></p></div>'
+        )
 
 
 def show_tokens(
@@ -67,6 +100,7 @@ def show_tokens(
     special, pieces = set(tokenizer.all_special_ids), []
     for token_id, label in zip(example["input_ids"], example["labels"]):
         text = tokenizer.decode([token_id])
-        if "\ufffd" in text: text = tokenizer.convert_ids_to_tokens(token_id)  # part of a character
+        if "\ufffd" in text:
+            text = tokenizer.convert_ids_to_tokens(token_id)  # part of a character
         pieces.append((text, token_id, label != -100, token_id in special))
     return TokenView(pieces)

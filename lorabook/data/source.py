@@ -21,20 +21,32 @@ from ..errors import DataError
 def _read_jsonl(path):
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip(): continue
-            try: yield f"{path.name}, line {number}", json.loads(line)
+            if not line.strip():
+                continue
+            try:
+                yield f"{path.name}, line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path.name}, line {number} is not valid JSON.", f"{error.msg} at column {error.colno}: {line.strip():.60}",
-                                "Write one JSON object on each line.") from None
+                found = f"{error.msg} at column {error.colno}: {line.strip():.60}"
+                raise DataError(
+                    f"{path.name}, line {number} is not valid JSON.",
+                    found,
+                    "Write one JSON object on each line.",
+                ) from None
 
 
 def _read_json(path):
-    try: rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path.name} is not valid JSON.", f"{error.msg}, line {error.lineno}",
-                        "Write a list of objects; for one object on each line, name the file .jsonl.") from None
+        raise DataError(
+            f"{path.name} is not valid JSON.",
+            f"{error.msg}, line {error.lineno}",
+            "Write a list of objects; for one object on each line, name the file .jsonl.",
+        ) from None
     if not isinstance(rows, list):
-        raise DataError(f"{path.name} doesn't hold a list.", type(rows).__name__, "Write a list of objects.")
+        raise DataError(
+            f"{path.name} doesn't hold a list.", type(rows).__name__, "Write a list of objects."
+        )
     yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -44,8 +56,11 @@ def _read_csv(path):
         for row in reader:
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{place} has another number of columns than the header.", f"header: {reader.fieldnames}",
-                                "Put quotation marks around texts that contain commas.")
+                raise DataError(
+                    f"{place} has another number of columns than the header.",
+                    f"header: {reader.fieldnames}",
+                    "Put quotation marks around texts that contain commas.",
+                )
             yield place, row
 
 
@@ -54,7 +69,12 @@ def _read_parquet(path):
     yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def read_rows(
@@ -63,42 +83,85 @@ def read_rows(
     "Read a data file row by row."
     path = Path(builtin_path("data") if source == "builtin" else source)
     if not path.is_file():
-        raise DataError(f"The data file {source!r} doesn't exist.", f"looked in {path.parent.resolve()}",
-                        "Check `data.train_file`; a hub dataset is written `owner/name`.")
+        raise DataError(
+            f"The data file {source!r} doesn't exist.",
+            f"looked in {path.parent.resolve()}",
+            "Check `data.train_file`; a hub dataset is written `owner/name`.",
+        )
     if path.suffix not in _READERS:
-        raise DataError(f"{path.name} is of a kind that can't be read.", path.suffix or "no extension", f"Use one of {', '.join(_READERS)}.")
-    try: yield from _READERS[path.suffix](path)
+        raise DataError(
+            f"{path.name} is of a kind that can't be read.",
+            path.suffix or "no extension",
+            f"Use one of {', '.join(_READERS)}.",
+        )
+    try:
+        yield from _READERS[path.suffix](path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 text.", f"byte {error.start}: {error.reason}", "Save it again as UTF-8.") from None
+        raise DataError(
+            f"{path.name} is not UTF-8 text.",
+            f"byte {error.start}: {error.reason}",
+            "Save it again as UTF-8.",
+        ) from None
 
 # %% ../../nbs/30_data.source.ipynb #36b1ccf4
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+}
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAPES = {  # name -> columns that a row must have
-    "messages": ("messages",), "ShareGPT": ("conversations",), "instruction/response": ("instruction", "response"),
-    "Alpaca": ("instruction", "output"), "prompt/completion": ("prompt", "completion"), "prompt/response": ("prompt", "response"),
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "instruction/response": ("instruction", "response"),
+    "Alpaca": ("instruction", "output"),
+    "prompt/completion": ("prompt", "completion"),
+    "prompt/response": ("prompt", "response"),
 }
 
 
 def recognise(
     row: dict,  # a row of the data
     place: str = "the row",  # where it stands, for the message
-) -> str:  # a name: "messages", "ShareGPT", "instruction/response", "Alpaca", "prompt/completion" or "prompt/response"
+) -> str:  # "messages", "ShareGPT", "Alpaca", or the two columns, as "instruction/response"
     "Which shape a row has; raises `DataError`."
     if not isinstance(row, dict):
-        raise DataError(f"{place} is not an object.", f"{row!r:.60} ({type(row).__name__})", 'Write {"instruction": ..., "response": ...}.')
+        raise DataError(
+            f"{place} is not an object.",
+            f"{row!r:.60} ({type(row).__name__})",
+            'Write {"instruction": ..., "response": ...}.',
+        )
     for shape, columns in _SHAPES.items():
-        if all(column in row for column in columns): return shape
-    raise DataError(f"{place} has a shape that isn't recognised.", f"columns: {', '.join(map(str, row)) or 'none'}",
-                    "Name the columns in one of these ways: " + "; ".join(" + ".join(columns) for columns in _SHAPES.values()) + ".")
+        if all(column in row for column in columns):
+            return shape
+    raise DataError(
+        f"{place} has a shape that isn't recognised.",
+        f"columns: {', '.join(map(str, row)) or 'none'}",
+        "Name the columns in one of these ways: "
+        + "; ".join(" + ".join(columns) for columns in _SHAPES.values())
+        + ".",
+    )
 
 
 def _text(row, field, place, empty=False):
     "A field that must be text."
     value = row.get(field)
-    if isinstance(value, str) and (empty or value.strip()): return value
-    what = "is missing" if field not in row else "is empty" if isinstance(value, str) else "is not text"
-    raise DataError(f"{place}: the field `{field}` {what}.", f"{value!r:.60} ({type(value).__name__})", "Mend the row, or delete it.")
+    if isinstance(value, str) and (empty or value.strip()):
+        return value
+    what = (
+        "is missing"
+        if field not in row
+        else "is empty"
+        if isinstance(value, str)
+        else "is not text"
+    )
+    raise DataError(
+        f"{place}: the field `{field}` {what}.",
+        f"{value!r:.60} ({type(value).__name__})",
+        "Mend the row, or delete it.",
+    )
 
 
 def _conversation(row, shape, place):
@@ -106,14 +169,27 @@ def _conversation(row, shape, place):
     if shape in ("messages", "ShareGPT"):
         turns = row[_SHAPES[shape][0]]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise DataError(f"{place}: `{_SHAPES[shape][0]}` is not a list of objects.", f"{turns!r:.60}", "Write one object for each message.")
-        if shape == "messages": return [dict(turn) for turn in turns]
-        return [{"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+            raise DataError(
+                f"{place}: `{_SHAPES[shape][0]}` is not a list of objects.",
+                f"{turns!r:.60}",
+                "Write one object for each message.",
+            )
+        if shape == "messages":
+            return [dict(turn) for turn in turns]
+        return [
+            {"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+            for turn in turns
+        ]
     asked, answered = _SHAPES[shape]
-    if isinstance(row[asked], list) and isinstance(row[answered], list): return [dict(turn) for turn in row[asked] + row[answered]]
+    if isinstance(row[asked], list) and isinstance(row[answered], list):
+        return [dict(turn) for turn in row[asked] + row[answered]]
     question = _text(row, asked, place)
-    if row.get("input"): question += "\n\n" + _text(row, "input", place)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answered, place)}]
+    if row.get("input"):
+        question += "\n\n" + _text(row, "input", place)
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _text(row, answered, place)},
+    ]
 
 # %% ../../nbs/30_data.source.ipynb #a278f2a3
 def to_messages(
@@ -123,18 +199,30 @@ def to_messages(
 ) -> list[dict]:  # messages with `role` and `content`; raises `DataError`
     "Turn a row into a conversation, and check it."
     if missing := [column for column in _SHAPES[shape] if column not in row]:
-        raise DataError(f"{place}: the field `{missing[0]}` is missing.", f"columns: {', '.join(map(str, row))}",
-                        f"The first row has the shape {shape}; all rows need it.")
+        raise DataError(
+            f"{place}: the field `{missing[0]}` is missing.",
+            f"columns: {', '.join(map(str, row))}",
+            f"The first row has the shape {shape}; all rows need it.",
+        )
     messages = _conversation(row, shape, place)
-    if row.get("system"): messages.insert(0, {"role": "system", "content": _text(row, "system", place)})
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(row, "system", place)})
     for number, message in enumerate(messages, 1):
         where, role = f"{place}, message {number}", message.get("role")
         if role not in _KNOWN_ROLES:
-            raise DataError(f"{where} has an unknown role.", repr(role), f"Use one of: {', '.join(_KNOWN_ROLES)}.")
-        if not message.get("tool_calls"): _text(message, "content", where, empty=role != "assistant")
+            raise DataError(
+                f"{where} has an unknown role.",
+                repr(role),
+                f"Use one of: {', '.join(_KNOWN_ROLES)}.",
+            )
+        if not message.get("tool_calls"):
+            _text(message, "content", where, empty=role != "assistant")
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{place} has no assistant message, so there is nothing to learn from it.",
-                        f"roles: {', '.join(m['role'] for m in messages) or 'none'}", "Add the answer, or delete the row.")
+        raise DataError(
+            f"{place} has no assistant message, so there is nothing to learn from it.",
+            f"roles: {', '.join(m['role'] for m in messages) or 'none'}",
+            "Add the answer, or delete the row.",
+        )
     return messages
 
 # %% ../../nbs/30_data.source.ipynb #11ed6cdb
@@ -151,11 +239,13 @@ def split_by_prompt(
 ) -> list[list]:  # as many lists as parts; no prompt is in two of them
     "Shuffle and split, with equal prompts kept together."
     groups = {}
-    for messages in conversations: groups.setdefault(_prompt(messages), []).append(messages)
+    for messages in conversations:
+        groups.setdefault(_prompt(messages), []).append(messages)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     splits, edges, done = [[] for _ in parts], [], 0
-    for part in parts: edges.append((edges[-1] if edges else 0) + part * len(conversations) / sum(parts))
+    for part in parts:
+        edges.append((edges[-1] if edges else 0) + part * len(conversations) / sum(parts))
     for group in order:
         i = next(i for i, edge in enumerate(edges) if done < edge - 1e-6 or i == len(edges) - 1)
         splits[i] += group
@@ -165,28 +255,47 @@ def split_by_prompt(
 # %% ../../nbs/30_data.source.ipynb #45c768c9
 def _read_conversations(source):
     "All conversations of a source, without exact repeats; (conversations, shape, repeats)."
-    rows, shape, seen, repeats = _read_hub(source) if _is_hub_id(source) else read_rows(source), None, {}, 0
+    rows, shape, seen, repeats = (
+        _read_hub(source) if _is_hub_id(source) else read_rows(source),
+        None,
+        {},
+        0,
+    )
     for place, row in rows:
         shape = shape or recognise(row, place)
         messages = to_messages(row, shape, place)
         key = json.dumps(messages, sort_keys=True)
         repeats += key in seen
         seen.setdefault(key, messages)
-    if not seen: raise DataError(f"{source!r} has no rows.", "an empty file", "Give a file with at least one conversation.")
+    if not seen:
+        raise DataError(
+            f"{source!r} has no rows.",
+            "an empty file",
+            "Give a file with at least one conversation.",
+        )
     return list(seen.values()), shape, repeats
 
 
 def _is_hub_id(source):
     "`owner/name` that is no path here."
-    return source != "builtin" and source.count("/") == 1 and not Path(source).suffix and not Path(source).exists()
+    return (
+        source != "builtin"
+        and source.count("/") == 1
+        and not Path(source).suffix
+        and not Path(source).exists()
+    )
 
 
 def _read_hub(source):
     "Rows of the train split of a dataset on the hub."
-    try: rows = load_dataset(source, split="train")
+    try:
+        rows = load_dataset(source, split="train")
     except Exception as error:
-        raise DataError(f"The dataset {source!r} can't be loaded from the hub.", f"{type(error).__name__}: {str(error).splitlines()[0]:.200}",
-                        "Check its name and the network, or give a local file.") from error
+        raise DataError(
+            f"The dataset {source!r} can't be loaded from the hub.",
+            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}",
+            "Check its name and the network, or give a local file.",
+        ) from error
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -199,17 +308,29 @@ def load_and_prepare_data(
     cfg = cfg or DataSettings()
     conversations, shape, repeats = _read_conversations(train_file)
     given = {"validation": cfg.validation_file, "test": cfg.test_file}
-    parts = [part if not given.get(name) else 0 for name, part in zip(("train", "validation", "test"), cfg.split)]
+    parts = [
+        part if not given.get(name) else 0
+        for name, part in zip(("train", "validation", "test"), cfg.split)
+    ]
     splits = dict(zip(("train", "validation", "test"), split_by_prompt(conversations, parts, seed)))
     for name, source in given.items():
-        if source: splits[name] = _read_conversations(source)[0]
+        if source:
+            splits[name] = _read_conversations(source)[0]
     _refuse_overlap(splits, cfg)
-    print(f"{train_file}: {shape}, {len(conversations) + repeats} rows, {repeats} repeated and kept once; "
-          + " / ".join(f"{name} {len(rows)}" for name, rows in splits.items()))
+    print(
+        f"{train_file}: {shape}, {len(conversations) + repeats} rows, {repeats} repeats left out; "
+        + " / ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+    )
     for rows in splits.values():
         for messages in rows:
-            if cfg.system_prompt and messages[0]["role"] != "system": messages.insert(0, {"role": "system", "content": cfg.system_prompt})
-    return DatasetDict({name: Dataset.from_list([{"messages": messages} for messages in rows]) for name, rows in splits.items()})
+            if cfg.system_prompt and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": cfg.system_prompt})
+    return DatasetDict(
+        {
+            name: Dataset.from_list([{"messages": messages} for messages in rows])
+            for name, rows in splits.items()
+        }
+    )
 
 
 def _refuse_overlap(splits, cfg):
@@ -217,10 +338,16 @@ def _refuse_overlap(splits, cfg):
     wanted = [name for name, part in zip(splits, cfg.split) if part or name == "train"]
     for name in wanted:
         if not splits[name]:
-            raise DataError(f"The {name} split is empty.", " / ".join(f"{n} {len(rows)}" for n, rows in splits.items()),
-                            "Give more rows, or other proportions in `data.split`; a 0 there does without a split.")
+            raise DataError(
+                f"The {name} split is empty.",
+                " / ".join(f"{n} {len(rows)}" for n, rows in splits.items()),
+                "Give more rows, or other parts in `data.split`; a 0 there does without a split.",
+            )
     prompts = {name: set(map(_prompt, rows)) for name, rows in splits.items()}
     for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
         if shared := prompts[a] & prompts[b]:
-            raise DataError(f"The {a} and {b} splits share prompts, so a score on {b} would be too good.", f"{len(shared)}, such as {min(shared):.80}",
-                            f"Delete them from one of the files, or leave `data.{b}_file` out to have the split made.")
+            raise DataError(
+                f"The {a} and {b} splits share prompts, so a score on {b} would be too good.",
+                f"{len(shared)}, such as {min(shared):.80}",
+                f"Delete them from one file, or leave `data.{b}_file` out to have the split made.",
+            )

@@ -21,11 +21,20 @@ def render(
 ) -> str:  # the text; raises `TemplateError` where the template refuses
     "What the template makes of a conversation, in the sandbox of transformers."
     try:
-        texts = render_jinja_template([messages], tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
-                                      **template_kwargs)
+        texts = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **template_kwargs,
+        )
     except (JinjaError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise TemplateError("The chat template refuses this conversation.", f"{type(error).__name__}: {error}; "
-                            f"roles: {', '.join(str(m.get('role')) for m in messages)}", "Change the conversation to what the model knows.") from error
+        raise TemplateError(
+            "The chat template refuses this conversation.",
+            f"{type(error).__name__}: {error}; "
+            f"roles: {', '.join(str(m.get('role')) for m in messages)}",
+            "Change the conversation to what the model knows.",
+        ) from error
     return texts[0][0]
 
 # %% ../../nbs/31_data.template.ipynb #058dae9a
@@ -34,22 +43,40 @@ def assistant_spans(
     messages: list[dict],  # the conversation
     tools: list[dict] | None = None,  # JSON schemas of tools
     **template_kwargs,  # variables of the template, such as `bos_token`
-) -> tuple[str, list[tuple[int, int]]]:  # the text, and (start, end) of what to train, in characters
-    "The plain rendering, and which of its characters the assistant wrote; raises `TemplateError` if that can't be told."
+) -> tuple[
+    str, list[tuple[int, int]]
+]:  # the text, and (start, end) of what to train, in characters
+    "The plain rendering and what the assistant wrote in it; `TemplateError` if that can't be told."
     text, spans = render(template, messages, tools, **template_kwargs), []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant": continue
-        prompt = render(template, messages[:i], tools, add_generation_prompt=True, **template_kwargs)
-        end = len(render(template, messages[:i + 1], tools, **template_kwargs).rstrip())
-        content, said = str(message.get("content") or "").strip(), text[len(prompt):end]
-        if not text.startswith(prompt) or not render(template, messages[:i + 1], tools, **template_kwargs).startswith(text[:end]):
-            raise TemplateError(f"The chat template rewrites what comes before message {i + 1}, so its training text is not what it generates from.",
-                                f"...{prompt[-60:]!r}", "Use a template that only appends.")
+        if message["role"] != "assistant":
+            continue
+        prompt = render(
+            template, messages[:i], tools, add_generation_prompt=True, **template_kwargs
+        )
+        end = len(render(template, messages[: i + 1], tools, **template_kwargs).rstrip())
+        content, said = str(message.get("content") or "").strip(), text[len(prompt) : end]
+        if not text.startswith(prompt) or not render(
+            template, messages[: i + 1], tools, **template_kwargs
+        ).startswith(text[:end]):
+            raise TemplateError(
+                f"The chat template rewrites what is before message {i + 1}; training would not see "
+                "what generating starts from.",
+                f"...{prompt[-60:]!r}",
+                "Use a template that only appends.",
+            )
         if not said.lstrip().startswith(content):
-            raise TemplateError(f"The chat template changes what the assistant says in message {i + 1}.", f"{said[:80]!r} in place of {content[:80]!r}",
-                                "Use a template that writes the content as it is.")
+            raise TemplateError(
+                f"The chat template changes what the assistant says in message {i + 1}.",
+                f"{said[:80]!r} in place of {content[:80]!r}",
+                "Use a template that writes the content as it is.",
+            )
         if said.strip() == content:
-            raise TemplateError(f"The chat template writes no end of turn after message {i + 1}, so the model would never learn to stop.",
-                                f"...{said[-40:]!r}", "Use a template that ends the assistant's turn, with `eos_token` for example.")
+            raise TemplateError(
+                f"The chat template writes no end of turn after message {i + 1}; a model would never "
+                "learn to stop.",
+                f"...{said[-40:]!r}",
+                "Use a template that ends the assistant's turn, with `eos_token` for example.",
+            )
         spans.append((len(prompt), end))
     return text, spans

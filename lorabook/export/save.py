@@ -33,16 +33,26 @@ def save_model(
     "Write the adapter, tokenizer, chat template and config into one folder."
     target = Path(output_dir) / adapter_name(name)
     if not getattr(model, "peft_config", None):
-        raise ModelError("The model has no adapter to save.", type(model).__name__, "Attach one with `setup_lora`.")
+        raise ModelError(
+            "The model has no adapter to save.",
+            type(model).__name__,
+            "Attach one with `setup_lora`.",
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
             done = Path(folder) / "adapter"
             model.save_pretrained(str(done))
             tokenizer.save_pretrained(str(done))
-            if cfg: cfg.to_yaml(done / "run.yaml")
-            if target.exists(): shutil.rmtree(target)
+            if cfg:
+                cfg.to_yaml(done / "run.yaml")
+            if target.exists():
+                shutil.rmtree(target)
             done.rename(target)
     except OSError as error:
-        raise ModelError(f"The adapter can't be written to {target}.", error, "Give an `output_dir` with space and the right to write.") from error
+        raise ModelError(
+            f"The adapter can't be written to {target}.",
+            error,
+            "Give an `output_dir` with space and the right to write.",
+        ) from error
     return target

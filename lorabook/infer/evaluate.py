@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data.batch import PadCollator
 from ..data.chat import encode_chat
 from ..errors import DataError
-from .generate import Answer, generate
+from .generate import generate
 
 # %% ../../nbs/51_infer.evaluate.ipynb #f79a9b0c
 @torch.inference_mode()
@@ -32,10 +32,15 @@ def held_out_loss(
     collate, was_training = PadCollator(tokenizer.pad_token_id), model.training
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc="loss", delay=1, leave=False):
-        batch = {key: value.to(model.device) for key, value in collate(rows[start:start + batch_size]).items()}
+        batch = {
+            key: value.to(model.device)
+            for key, value in collate(rows[start : start + batch_size]).items()
+        }
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
         count += (labels != -100).sum().item()
     model.train(was_training)
     return total / count
@@ -44,24 +49,41 @@ def held_out_loss(
 @dataclasses.dataclass
 class Scores:
     "What a model scored on a split."
+
     rows: int  # conversations
     loss: float  # nats per trained token
     exact_match: float  # share of answers equal to the reference
     ended: float  # share of answers that ended by themselves
-    valid_json: float | None = None  # share that parse with the right keys; None: the references are not JSON objects
+    valid_json: float | None = (
+        None  # share that parse with the right keys; None: the references are not JSON objects
+    )
     field_accuracy: float | None = None  # share of fields that are right
-    answers: list = dataclasses.field(default_factory=list, repr=False)  # (prompt messages, reference, answer)
+    answers: list = dataclasses.field(
+        default_factory=list, repr=False
+    )  # (prompt messages, reference, answer)
 
     @property
-    def perplexity(self) -> float: return math.exp(min(self.loss, 700))
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
 
     def to_dict(self) -> dict:  # name -> number
         "The figures, for a file."
-        names = ("rows", "loss", "perplexity", "exact_match", "valid_json", "field_accuracy", "ended")
+        names = (
+            "rows",
+            "loss",
+            "perplexity",
+            "exact_match",
+            "valid_json",
+            "field_accuracy",
+            "ended",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _repr_markdown_(self):
-        return "| | |\n|---|---:|\n" + "\n".join(f"| {name.replace('_', ' ')} | {show_score(name, value)} |" for name, value in self.to_dict().items())
+        return "| | |\n|---|---:|\n" + "\n".join(
+            f"| {name.replace('_', ' ')} | {show_score(name, value)} |"
+            for name, value in self.to_dict().items()
+        )
 
 
 def show_score(
@@ -69,23 +91,37 @@ def show_score(
     value: float,  # its value
 ) -> str:  # a share as a percentage, a count plain
     "A score as people write it."
-    return str(value) if name == "rows" else f"{value:.4g}" if name in ("loss", "perplexity") else f"{value:.1%}"
+    return (
+        str(value)
+        if name == "rows"
+        else f"{value:.4g}"
+        if name in ("loss", "perplexity")
+        else f"{value:.1%}"
+    )
 
 
 def _as_object(text):
     "The JSON object in `text`, or None."
-    try: value = json.loads(text)
-    except json.JSONDecodeError: return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
     return value if isinstance(value, dict) else None
 
 
 def _score_json(references, answers):
     "valid_json and field_accuracy; None and None where the references are no JSON objects."
     wanted = [_as_object(reference) for reference in references]
-    if not all(wanted): return None, None
+    if not all(wanted):
+        return None, None
     got = [_as_object(answer) or {} for answer in answers]
-    right = sum(key in g and g[key] == value for w, g in zip(wanted, got) for key, value in w.items())
-    return (sum(list(g) == list(w) for w, g in zip(wanted, got)) / len(wanted), right / sum(map(len, wanted)))
+    right = sum(
+        key in g and g[key] == value for w, g in zip(wanted, got) for key, value in w.items()
+    )
+    return (
+        sum(list(g) == list(w) for w, g in zip(wanted, got)) / len(wanted),
+        right / sum(map(len, wanted)),
+    )
 
 # %% ../../nbs/51_infer.evaluate.ipynb #f05d6661
 def evaluate(
@@ -96,15 +132,30 @@ def evaluate(
     batch_size: int = 16,  # prompts answered together
 ) -> Scores:  # raises `DataError` for an empty split
     "Score a model on conversations it was not trained on, with greedy decoding."
-    if not len(split): raise DataError("There is nothing to evaluate.", "an empty split", "Give `data.split` a third part above 0.")
+    if not len(split):
+        raise DataError(
+            "There is nothing to evaluate.",
+            "an empty split",
+            "Give `data.split` a third part above 0.",
+        )
     conversations = list(split["messages"])
-    last = [max(i for i, m in enumerate(messages) if m["role"] == "assistant") for messages in conversations]
+    last = [
+        max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        for messages in conversations
+    ]
     prompts = [messages[:i] for messages, i in zip(conversations, last)]
     references = [messages[i]["content"] for messages, i in zip(conversations, last)]
-    if max_new_tokens is None: max_new_tokens = int(1.25 * max(map(len, tokenizer(references)["input_ids"]))) + 8
+    if max_new_tokens is None:
+        max_new_tokens = int(1.25 * max(map(len, tokenizer(references)["input_ids"]))) + 8
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
     valid, fields = _score_json(references, answers)
     share = lambda hits: sum(hits) / len(answers)
-    return Scores(len(answers), held_out_loss(model, tokenizer, conversations),
-                  share(a.strip() == r.strip() for a, r in zip(answers, references)), share(a.ended for a in answers),
-                  valid, fields, list(zip(prompts, references, answers)))
+    return Scores(
+        len(answers),
+        held_out_loss(model, tokenizer, conversations),
+        share(a.strip() == r.strip() for a, r in zip(answers, references)),
+        share(a.ended for a in answers),
+        valid,
+        fields,
+        list(zip(prompts, references, answers)),
+    )

@@ -31,21 +31,35 @@ def _as_messages(prompt):
     "A string is a user's message; a conversation must end where the assistant is to speak."
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages or messages[-1]["role"] == "assistant":
-        raise ModelError("There is nothing to answer.", f"roles: {[m['role'] for m in messages]}", "End the conversation with a message of the user.")
+        raise ModelError(
+            "There is nothing to answer.",
+            f"roles: {[m['role'] for m in messages]}",
+            "End the conversation with a message of the user.",
+        )
     return messages
 
 
 @torch.inference_mode()
 def _generate_batch(model, tokenizer, conversations, options):
     "Answers to one batch."
-    inputs = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
-                                           tokenizer_kwargs={"padding_side": "left"}).to(model.device)
+    inputs = tokenizer.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"padding_side": "left"},
+    ).to(model.device)
     stops = _stop_ids(model, tokenizer)
-    outputs = model.generate(**inputs, **options, use_cache=True, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    outputs = model.generate(
+        **inputs, **options, use_cache=True, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
+    )
     answers = []
-    for ids in outputs[:, inputs["input_ids"].shape[1]:].tolist():
+    for ids in outputs[:, inputs["input_ids"].shape[1] :].tolist():
         end = next((i for i, token in enumerate(ids) if token in stops), None)
-        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+        answers.append(
+            Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
+        )
     return answers
 
 
@@ -59,16 +73,23 @@ def generate(
 ) -> list[Answer]:  # in the order of `prompts`; raises `ModelError`
     "Answer prompts in batches, longest first, so that memory runs out at the start or never."
     conversations = [_as_messages(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -sum(len(str(m["content"])) for m in conversations[i]))
+    order = sorted(
+        range(len(prompts)), key=lambda i: -sum(len(str(m["content"])) for m in conversations[i])
+    )
     options = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
-    if temperature > 0: options["temperature"] = temperature
+    if temperature > 0:
+        options["temperature"] = temperature
     answers, was_training = [None] * len(prompts), model.training
     model.eval()
     try:
         for start in tqdm(range(0, len(order), batch_size), desc="generate", delay=1, leave=False):
-            batch = order[start:start + batch_size]
-            for i, answer in zip(batch, _generate_batch(model, tokenizer, [conversations[i] for i in batch], options)): answers[i] = answer
-    finally: model.train(was_training)
+            batch = order[start : start + batch_size]
+            for i, answer in zip(
+                batch, _generate_batch(model, tokenizer, [conversations[i] for i in batch], options)
+            ):
+                answers[i] = answer
+    finally:
+        model.train(was_training)
     return answers
 
 # %% ../../nbs/50_infer.generate.ipynb #158babf3

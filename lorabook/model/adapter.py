@@ -11,14 +11,18 @@ import warnings
 from collections import defaultdict
 
 import torch
-from peft import LoraConfig, LoftQConfig, PeftModel, get_peft_model
+from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 
 from ..config import LoraSettings, nearest
 from ..errors import ModelError
 
 # %% ../../nbs/21_model.adapter.ipynb #b98b7aab
-_FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv")),
-          **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj", "gate_and_up_proj"))}
+_FUSED = {
+    **dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+    ),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj", "gate_and_up_proj")),
+}
 
 
 def linear_names(
@@ -26,15 +30,22 @@ def linear_names(
 ) -> list[str]:  # last part of the module names, in the model's order, without the output head
     "The linear layers that an adapter can be attached to."
     head = model.get_output_embeddings()
-    names = (name.rpartition(".")[2] for name, module in model.named_modules()
-             if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head)
+    names = (
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not head
+    )
     return list(dict.fromkeys(names))
 
 
 def _no_such_layer(model, key, name, known):
     "The error for a name that matches nothing."
-    return ModelError(f"`lora.{key}` names {name!r}, which {type(model).__name__} doesn't have.", f"layers: {', '.join(known)}",
-                      f"Use some of these.{nearest(name, known)}")
+    return ModelError(
+        f"`lora.{key}` names {name!r}, which {type(model).__name__} doesn't have.",
+        f"layers: {', '.join(known)}",
+        f"Use some of these.{nearest(name, known)}",
+    )
 
 
 def find_targets(
@@ -42,16 +53,22 @@ def find_targets(
     target_modules: list[str] | str,  # names, or "all-linear"
 ) -> list[str] | str:  # names that all match; raises `ModelError`
     "Check `target_modules` against the model."
-    if target_modules == "all-linear": return target_modules
+    if target_modules == "all-linear":
+        return target_modules
     present, found = linear_names(model), {}
     modules = {name for name, _ in model.named_modules()}
     for name in target_modules:
         fused = next((f for f in _FUSED.get(name, ()) if f in present), None)
-        if any(m == name or m.endswith("." + name) for m in modules): found[name] = None
+        if any(m == name or m.endswith("." + name) for m in modules):
+            found[name] = None
         elif fused:
             found[fused] = None
-            warnings.warn(f"{type(model).__name__} has no {name}; its {fused} holds it and is adapted instead.", stacklevel=3)
-        else: raise _no_such_layer(model, "target_modules", name, present)
+            warnings.warn(
+                f"{type(model).__name__} has no {name}; {fused} holds it and is adapted.",
+                stacklevel=3,
+            )
+        else:
+            raise _no_such_layer(model, "target_modules", name, present)
     return list(found)
 
 # %% ../../nbs/21_model.adapter.ipynb #84477162
@@ -62,9 +79,19 @@ def lora_config(
     "Our settings in PEFT's words."
     cfg = cfg or LoraSettings()
     loftq = {"loftq_config": LoftQConfig(loftq_bits=4)} if cfg.init_lora_weights == "loftq" else {}
-    return LoraConfig(task_type="CAUSAL_LM", bias="none", r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout,
-                      target_modules=target_modules or cfg.target_modules, use_rslora=cfg.use_rslora, use_dora=cfg.use_dora,
-                      init_lora_weights=cfg.init_lora_weights, modules_to_save=cfg.modules_to_save, **loftq)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        bias="none",
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=target_modules or cfg.target_modules,
+        use_rslora=cfg.use_rslora,
+        use_dora=cfg.use_dora,
+        init_lora_weights=cfg.init_lora_weights,
+        modules_to_save=cfg.modules_to_save,
+        **loftq,
+    )
 
 
 def setup_lora(
@@ -73,14 +100,19 @@ def setup_lora(
 ) -> PeftModel:  # in which only the adapter, named "default", is trained; raises `ModelError`
     "Attach a LoRA adapter to a base model."
     cfg = cfg or LoraSettings()
-    quantized, special = getattr(model, "is_quantized", False), cfg.init_lora_weights not in (True, False, "gaussian", "orthogonal")
-    if quantized and special:
-        raise ModelError(f"The initialisation {cfg.init_lora_weights!r} changes the base weights, which are quantized.",
-                         "a quantized base model", "Set `model.quantization: none`, or leave `lora.init_lora_weights` out.")
+    special = cfg.init_lora_weights not in (True, False, "gaussian", "orthogonal")
+    if special and getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"The initialisation {cfg.init_lora_weights!r} changes the base, which is quantized.",
+            "a quantized base model",
+            "Set `model.quantization: none`, or leave `lora.init_lora_weights` out.",
+        )
     targets = find_targets(model, cfg.target_modules)
-    layers = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name and not name.rpartition(".")[2].isdigit()))
+    layers = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
+    layers = [name for name in layers if name and not name.isdigit()]
     for name in cfg.modules_to_save or []:
-        if name not in layers: raise _no_such_layer(model, "modules_to_save", name, layers)
+        if name not in layers:
+            raise _no_such_layer(model, "modules_to_save", name, layers)
     model.config.use_cache = False
     return get_peft_model(model, lora_config(cfg, targets))
 
@@ -88,18 +120,28 @@ def setup_lora(
 @dataclasses.dataclass
 class TrainableReport:
     "What will be trained, and where it sits."
+
     trainable: int  # parameters that get gradients
     total: int  # all parameters, base and adapter
     rows: list  # (layer name, how many, in features, out features, trained parameters)
 
     def __str__(self):
-        return (f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-                f"trainable%: {100 * self.trainable / self.total:.4f}")
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {100 * self.trainable / self.total:.4f}"
+        )
 
     def _repr_markdown_(self):
-        head = f"{self}\n\n| layer | how many | in → out | trained parameters | share |\n|---|---:|---|---:|---:|\n"
-        return head + "\n".join(f"| {name} | {n} | {i} → {o} | {trained:,} | {trained / max(self.trainable, 1):.0%} |"
-                                for name, n, i, o, trained in self.rows)
+        lines = [
+            str(self),
+            "",
+            "| layer | how many | in → out | trained parameters | share |",
+            "|---|---:|---|---:|---:|",
+        ]
+        for name, n, i, o, trained in self.rows:
+            share = trained / max(self.trainable, 1)
+            lines.append(f"| {name} | {n} | {i} → {o} | {trained:,} | {share:.0%} |")
+        return "\n".join(lines)
 
 
 def trainable_report(
@@ -114,5 +156,8 @@ def trainable_report(
             kind = kinds[name.rpartition(".")[2], module.in_features, module.out_features]
             kind[0] += 1
             kind[1] += own
-        elif own and type(module).__name__ == "ModulesToSaveWrapper": kinds[name.rpartition(".")[2], "", "whole"] = [1, own]
-    return TrainableReport(trainable, total, [(name, n, i, o, own) for (name, i, o), (n, own) in kinds.items()])
+        elif own and type(module).__name__ == "ModulesToSaveWrapper":
+            kinds[name.rpartition(".")[2], "", "whole"] = [1, own]
+    return TrainableReport(
+        trainable, total, [(name, n, i, o, own) for (name, i, o), (n, own) in kinds.items()]
+    )

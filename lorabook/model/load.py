@@ -8,7 +8,6 @@ __all__ = ['load_failed', 'choose_pad_token', 'setup_tokenizer', 'setup_model']
 # %% ../../nbs/20_model.load.ipynb #3d5c6023
 import logging
 import os
-from pathlib import Path
 
 import torch
 
@@ -18,13 +17,34 @@ from ..hardware import Hardware, choose_quantization, compute_dtype, detect_hard
 
 # %% ../../nbs/20_model.load.ipynb #38fc85c6
 _REASONS = {  # exception, by name -> what it means, what to do
-    "GatedRepoError": ("is gated", "Accept its licence on its page on the hub, then log in with `hf auth login`."),
-    "RevisionNotFoundError": ("has no such revision", "Check `model.revision`: a branch, a tag or a commit."),
-    "RepositoryNotFoundError": ("does not exist, or is private", "Check the spelling of `model.name`; for a private model, log in with `hf auth login`."),
-    "HFValidationError": ("is neither a folder nor a hub id", "Give a folder that exists, `owner/model`, or `builtin`."),
-    "OfflineModeIsEnabled": ("is not on this machine, and the hub is switched off", "Unset HF_HUB_OFFLINE, or give a local folder."),
-    "LocalEntryNotFoundError": ("is not on this machine, and the hub can't be reached", "Check the network, or give a local folder."),
-    "ConnectionError": ("can't be fetched: the hub can't be reached", "Check the network, or give a local folder."),
+    "GatedRepoError": (
+        "is gated",
+        "Accept its licence on its page on the hub, then log in with `hf auth login`.",
+    ),
+    "RevisionNotFoundError": (
+        "has no such revision",
+        "Check `model.revision`: a branch, a tag or a commit.",
+    ),
+    "RepositoryNotFoundError": (
+        "does not exist, or is private",
+        "Check the spelling of `model.name`; for a private model, `hf auth login`.",
+    ),
+    "HFValidationError": (
+        "is neither a folder nor a hub id",
+        "Give a folder that exists, `owner/model`, or `builtin`.",
+    ),
+    "OfflineModeIsEnabled": (
+        "is not on this machine, and the hub is switched off",
+        "Unset HF_HUB_OFFLINE, or give a local folder.",
+    ),
+    "LocalEntryNotFoundError": (
+        "is not on this machine, and the hub can't be reached",
+        "Check the network, or give a local folder.",
+    ),
+    "ConnectionError": (
+        "can't be fetched: the hub can't be reached",
+        "Check the network, or give a local folder.",
+    ),
     "SafetensorError": ("has a damaged weights file", "Delete the file and download it again."),
 }
 
@@ -35,17 +55,37 @@ def load_failed(
 ) -> ModelError:  # to be raised
     "Explain why a model could not be loaded."
     chain, link = [], error
-    while link is not None and len(chain) < 20: chain, link = chain + [type(link).__name__], link.__cause__ or link.__context__
+    while link is not None and len(chain) < 20:
+        chain, link = chain + [type(link).__name__], link.__cause__ or link.__context__
+    first = (str(error).splitlines() or [""])[0]
     for reason, (what, todo) in _REASONS.items():
-        if reason in chain: return ModelError(f"The model {name!r} {what}.", f"{type(error).__name__}: {str(error).splitlines()[0]:.200}", todo)
+        if reason in chain:
+            return ModelError(
+                f"The model {name!r} {what}.", f"{type(error).__name__}: {first:.200}", todo
+            )
     if "trust_remote_code" in str(error):
-        return ModelError(f"The model {name!r} needs Python code of its own.", str(error).splitlines()[0][:200],
-                          "Read that code; if you trust it, set `model.trust_remote_code: true`.")
-    return ModelError(f"The model {name!r} can't be loaded.", f"{type(error).__name__}: {error}",
-                      "Check that it is a causal language model, complete, and known to the installed transformers.")
+        return ModelError(
+            f"The model {name!r} needs Python code of its own.",
+            first[:200],
+            "Read that code; if you trust it, set `model.trust_remote_code: true`.",
+        )
+    return ModelError(
+        f"The model {name!r} can't be loaded.",
+        f"{type(error).__name__}: {error}",
+        "Check that it is a complete causal language model that the installed transformers knows.",
+    )
 
 # %% ../../nbs/20_model.load.ipynb #9b51937b
-_SPARE = ["<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<|dummy_0|>", "<|reserved_special_token_0|>", "<unk>"]
+_SPARE = [
+    "<|finetune_right_pad_id|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<|dummy_0|>",
+    "<|reserved_special_token_0|>",
+    "<unk>",
+]
 
 
 def choose_pad_token(
@@ -54,9 +94,16 @@ def choose_pad_token(
     "A pad token that is not the end of anything."
     template, vocabulary = tokenizer.chat_template or "", tokenizer.get_vocab()
     written = lambda token: token == tokenizer.eos_token or str(token) in str(template)
-    candidates = [tokenizer.pad_token, *_SPARE, tokenizer.unk_token, *tokenizer.all_special_tokens, tokenizer.bos_token]
+    candidates = [
+        tokenizer.pad_token,
+        *_SPARE,
+        tokenizer.unk_token,
+        *tokenizer.all_special_tokens,
+        tokenizer.bos_token,
+    ]
     for token in candidates:
-        if token in vocabulary and not written(token): return token
+        if token in vocabulary and not written(token):
+            return token
     never = [token for token in candidates if token in vocabulary and token != tokenizer.eos_token]
     return never[0] if never else min(vocabulary, key=vocabulary.get)
 
@@ -70,11 +117,18 @@ def setup_tokenizer(
 
     cfg = cfg or ModelSettings()
     path = builtin_path("model") if name == "builtin" else name
-    try: tokenizer = AutoTokenizer.from_pretrained(path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
-    except Exception as error: raise load_failed(name, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        )
+    except Exception as error:
+        raise load_failed(name, error) from error
     if not tokenizer.chat_template:
-        raise ModelError(f"The tokenizer of {name!r} has no chat template.", "a base model's tokenizer, it seems",
-                         "Choose the model's chat variant (often `-Instruct`), or set `tokenizer.chat_template` and save it to a folder.")
+        raise ModelError(
+            f"The tokenizer of {name!r} has no chat template.",
+            "a base model's tokenizer, it seems",
+            "Choose its chat variant (often `-Instruct`), or save one with a template to a folder.",
+        )
     tokenizer.pad_token, tokenizer.padding_side = choose_pad_token(tokenizer), "right"
     return tokenizer
 
@@ -83,18 +137,28 @@ def _quantization_config(kind, dtype):
     "What bitsandbytes is told."
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns at every layer of every step
-    if kind == "int8": return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it warns at every layer of every step
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _check_vocabulary(config, tokenizer, name):
-    "Refuse a tokenizer that has ids the embedding lacks: the crash would come in the first forward pass."
+    "Refuse a tokenizer with ids that the embedding lacks; the first forward pass would crash."
     rows, needed = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
-        raise ModelError(f"The tokenizer of {name!r} has more tokens than the model has embeddings.", f"{needed} tokens, {rows} rows",
-                         "Use the tokenizer that belongs to the model, or resize the embeddings and save both to a folder.")
+        raise ModelError(
+            f"The tokenizer of {name!r} has more tokens than the model has embeddings.",
+            f"{needed} tokens, {rows} rows of the embedding",
+            "Use the model's own tokenizer, or resize the embeddings and save both to a folder.",
+        )
 
 
 def _dtype(cfg, hardware):
@@ -105,7 +169,8 @@ def _dtype(cfg, hardware):
 def setup_model(
     name: str = "builtin",  # `builtin`, a local folder, or a hub id
     seed: int = 42,  # set before anything is random
-    cfg: ModelSettings | None = None,  # quantization, dtype, revision and the like; its `name` is not used
+    cfg: ModelSettings
+    | None = None,  # quantization, dtype, revision and the like; its `name` is not used
     hardware: Hardware | None = None,  # None: this machine
 ):  # (model, tokenizer); raises `ModelError`, `HardwareError`
     "Load a base model for training, and its tokenizer."
@@ -118,13 +183,19 @@ def setup_model(
     tokenizer = setup_tokenizer(name, cfg)
     path = builtin_path("model") if name == "builtin" else name
     shared = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
-    try: config = AutoConfig.from_pretrained(path, **shared)
-    except Exception as error: raise load_failed(name, error) from error
+    try:
+        config = AutoConfig.from_pretrained(path, **shared)
+    except Exception as error:
+        raise load_failed(name, error) from error
     _check_vocabulary(config, tokenizer, name)
     options = dict(dtype=dtype, attn_implementation=cfg.attn_implementation, **shared)
-    options["device_map"] = {"": "cpu"} if hardware.device == "cpu" and cfg.device_map == "auto" else cfg.device_map
-    if kind != "none": options["quantization_config"] = _quantization_config(kind, dtype)
-    try: model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
-    except Exception as error: raise load_failed(name, error) from error
+    on_cpu = hardware.device == "cpu" and cfg.device_map == "auto"
+    options["device_map"] = {"": "cpu"} if on_cpu else cfg.device_map
+    if kind != "none":
+        options["quantization_config"] = _quantization_config(kind, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+    except Exception as error:
+        raise load_failed(name, error) from error
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

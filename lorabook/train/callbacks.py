@@ -23,19 +23,22 @@ def figure_html(
     "A figure as HTML that needs no other file."
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
-    return f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+    data = base64.b64encode(picture.getvalue()).decode()
+    return f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{data}">'
 
 
 class HistoryCallback(TrainerCallback):
-    "Keeps what is logged as `rows`: dicts with `step` and some of `loss`, `eval_loss`, `grad_norm`, `learning_rate`, `epoch`."
+    "Keeps what is logged as `rows`: dicts with a `step` and the figures that were logged at it."
 
-    def __init__(self): self.rows = []
+    def __init__(self):
+        self.rows = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.rows = _merge_rows(getattr(state, "log_history", [])) if state.global_step else []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if {"loss", "eval_loss"} & set(logs): self.rows = _merge_rows([*self.rows, {**logs, "step": state.global_step}])
+        if {"loss", "eval_loss"} & set(logs):
+            self.rows = _merge_rows([*self.rows, {**logs, "step": state.global_step}])
 
     def column(
         self,
@@ -51,12 +54,23 @@ class HistoryCallback(TrainerCallback):
 
         figure = Figure(figsize=(6.5, 3))
         axes = figure.subplots()
-        for name, label, style in (("loss", "training", "C0-"), ("eval_loss", "validation", "C1-o")):
+        for name, label, style in (
+            ("loss", "training", "C0-"),
+            ("eval_loss", "validation", "C1-o"),
+        ):
             steps, values = self.column(name)
-            if values: axes.plot(steps, values, style, label=label, markersize=3)
+            if values:
+                axes.plot(steps, values, style, label=label, markersize=3)
         if values:
             best = min(range(len(values)), key=values.__getitem__)
-            axes.annotate(f"best {values[best]:.4g}", (steps[best], values[best]), xytext=(0, 14), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"best {values[best]:.4g}",
+                (steps[best], values[best]),
+                xytext=(0, 14),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
         axes.set(xlabel="step", ylabel="loss, nats per trained token", yscale="log")
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
@@ -64,10 +78,16 @@ class HistoryCallback(TrainerCallback):
 
     def _repr_html_(self):
         names = ["step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate"]
-        cells = lambda row: "".join(f"<td>{row[name]:.4g}</td>" if name in row else "<td></td>" for name in names)
+        cells = lambda row: "".join(
+            f"<td>{row[name]:.4g}</td>" if name in row else "<td></td>" for name in names
+        )
         table = "".join(f"<tr>{cells(row)}</tr>" for row in self.rows)
-        return (f"{figure_html(self.plot(), 'Loss over the steps')}<details><summary>{len(self.rows)} rows</summary><table><tr>"
-                + "".join(f"<th>{name}</th>" for name in names) + f"</tr>{table}</table></details>")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        return (
+            figure_html(self.plot(), "Loss over the steps")
+            + f"<details><summary>{len(self.rows)} rows</summary>"
+            f"<table><tr>{head}</tr>{table}</table></details>"
+        )
 
 
 _FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
@@ -76,7 +96,10 @@ _FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch")
 def _merge_rows(logs):
     "One row a step, from logs in which training and evaluation stand apart."
     rows = {}
-    for log in logs: rows.setdefault(log["step"], {"step": log["step"]}).update({k: v for k, v in log.items() if k in _FIGURES})
+    for log in logs:
+        rows.setdefault(log["step"], {"step": log["step"]}).update(
+            {k: v for k, v in log.items() if k in _FIGURES}
+        )
     return [row for _, row in sorted(rows.items()) if len(row) > 1]
 
 # %% ../../nbs/60_train.callbacks.ipynb #080681b9
@@ -91,24 +114,40 @@ class LiveLogCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", leave=False, delay=0.5)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", leave=False, delay=0.5
+        )
 
-    def on_step_end(self, args, state, control, **kwargs): self.bar.update()
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.pending.update({k: v for k, v in logs.items() if k in _FIGURES})
-        if "loss" in logs and control.should_evaluate: return  # the evaluation of this step is still to come
-        if "loss" in self.pending or "eval_loss" in self.pending: self._line(state)
+        if "loss" in logs and control.should_evaluate:
+            return  # the evaluation of this step is still to come
+        if "loss" in self.pending or "eval_loss" in self.pending:
+            self._line(state)
         self.pending = {}
 
     def _line(self, state):
         per_step = (time.monotonic() - self.start) / max(state.global_step - self.first, 1)
         left = int(per_step * (state.max_steps - state.global_step))
-        names = {"loss": "loss", "eval_loss": "validation", "grad_norm": "gradient", "learning_rate": "rate"}
-        shown = "  ".join(f"{label} {self.pending[name]:<9.4g}" for name, label in names.items() if name in self.pending)
-        self.write(f"step {state.global_step:>4}/{state.max_steps}  {shown}  {left // 60}:{left % 60:02} left")
+        names = {
+            "loss": "loss",
+            "eval_loss": "validation",
+            "grad_norm": "gradient",
+            "learning_rate": "rate",
+        }
+        shown = "  ".join(
+            f"{label} {self.pending[name]:<9.4g}"
+            for name, label in names.items()
+            if name in self.pending
+        )
+        clock = f"{left // 60}:{left % 60:02} left"
+        self.write(f"step {state.global_step:>4}/{state.max_steps}  {shown}  {clock}")
 
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 # %% ../../nbs/60_train.callbacks.ipynb #779cf65a
 class SaveBestCallback(TrainerCallback):
@@ -122,6 +161,7 @@ class SaveBestCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         loss = metrics.get("eval_loss", math.nan)
-        if not loss < self.best: return
+        if not loss < self.best:
+            return
         self.best = loss
         model.save_pretrained(str(self.folder or Path(args.output_dir) / "best"))

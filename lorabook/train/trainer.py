@@ -7,7 +7,6 @@ __all__ = ['suggest_learning_rate', 'training_arguments', 'create_trainer', 'get
 
 # %% ../../nbs/61_train.trainer.ipynb #f7db5f7c
 import dataclasses
-import math
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -42,47 +41,98 @@ def training_arguments(
     "The config in the words of transformers."
     weight = model.get_input_embeddings().weight
     on_cpu, every = weight.device.type == "cpu", cfg.eval_steps or cfg.logging_steps
-    names = ("gradient_accumulation_steps", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay",
-             "logging_steps", "save_total_limit", "report_to")
+    names = (
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_train_epochs",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "logging_steps",
+        "save_total_limit",
+        "report_to",
+    )
     values = {name: getattr(cfg, name) for name in names} | dict(
-        output_dir=str(output_dir), seed=seed, use_cpu=on_cpu, **mixed_precision(weight.dtype),
-        per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=2 * cfg.batch_size,
-        learning_rate=suggest_learning_rate(model) if cfg.learning_rate == "auto" else cfg.learning_rate,
-        eval_strategy="steps" if has_eval else "no", eval_steps=every, prediction_loss_only=True,
-        save_strategy="steps", save_steps=cfg.save_steps or 2 * every, load_best_model_at_end=has_eval,
-        metric_for_best_model="eval_loss" if has_eval else None, greater_is_better=False if has_eval else None,
-        gradient_checkpointing=not on_cpu if cfg.gradient_checkpointing == "auto" else cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=not on_cpu,
-        label_names=["labels"], remove_unused_columns=False, logging_nan_inf_filter=False, disable_tqdm=True)
-    try: return TrainingArguments(**values | _passed_through(cfg))
+        output_dir=str(output_dir),
+        seed=seed,
+        use_cpu=on_cpu,
+        **mixed_precision(weight.dtype),
+        per_device_train_batch_size=cfg.batch_size,
+        per_device_eval_batch_size=2 * cfg.batch_size,
+        learning_rate=suggest_learning_rate(model)
+        if cfg.learning_rate == "auto"
+        else cfg.learning_rate,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=cfg.save_steps or 2 * every,
+        load_best_model_at_end=has_eval,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        gradient_checkpointing=not on_cpu
+        if cfg.gradient_checkpointing == "auto"
+        else cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=not on_cpu,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+    )
+    try:
+        return TrainingArguments(**values | _passed_through(cfg))
     except (TypeError, ValueError) as error:
-        raise ConfigError("transformers refuses these training arguments.", error, "Correct the `training` section of the config.") from error
+        raise ConfigError(
+            "transformers refuses these training arguments.",
+            error,
+            "Correct the `training` section of the config.",
+        ) from error
 
 # %% ../../nbs/61_train.trainer.ipynb #fc72deac
 def create_trainer(
     model,  # from `setup_lora`, or a model with a native adapter
     tokenizer,  # saved with every checkpoint
     train,  # prepared rows
-    eval=None,  # prepared rows; None or empty: no evaluation, no early stopping, the last model is kept
+    eval=None,  # prepared rows; None or empty: no evaluation, and the last model is kept
     output_dir: str = "outputs",  # for checkpoints
     cfg: TrainingSettings | None = None,  # None: the defaults
     seed: int = 42,  # of the data order and dropout
     callbacks: list | None = None,  # `TrainerCallback`s of your own
-) -> Trainer:  # `trainer.train(resume_from_checkpoint=...)` starts it; raises `ConfigError`, `TrainingError`
+) -> (
+    Trainer
+):  # `trainer.train(resume_from_checkpoint=...)` starts it; raises `ConfigError`, `TrainingError`
     "A `Trainer` that trains the adapter and keeps the best."
     cfg, has_eval = cfg or TrainingSettings(), eval is not None and len(eval) > 0
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise TrainingError("No parameter of the model would be trained.", type(model).__name__, "Attach an adapter first, with `setup_lora`.")
+        raise TrainingError(
+            "No parameter of the model would be trained.",
+            type(model).__name__,
+            "Attach an adapter first, with `setup_lora`.",
+        )
     if any(p.dtype is torch.float16 for p in trained):
-        raise TrainingError("The adapter is in float16, which the gradient scaler can't train.", "float16", "Attach it with `setup_lora`, which keeps it in float32.")
+        raise TrainingError(
+            "The adapter is in float16, which the gradient scaler can't train.",
+            "float16",
+            "Attach it with `setup_lora`, which keeps it in float32.",
+        )
     arguments = training_arguments(cfg, model, output_dir, has_eval, seed)
-    if arguments.gradient_checkpointing: model.enable_input_require_grads()
+    if arguments.gradient_checkpointing:
+        model.enable_input_require_grads()
     model.config.use_cache = False
     extra = [HistoryCallback(), LiveLogCallback(), *(callbacks or [])]
-    if has_eval and cfg.early_stopping_patience: extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
-    trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=eval if has_eval else None, processing_class=tokenizer,
-                      data_collator=PadCollator(tokenizer.pad_token_id, 1 if arguments.use_cpu else 8), callbacks=extra)
+    if has_eval and cfg.early_stopping_patience:
+        extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=eval if has_eval else None,
+        processing_class=tokenizer,
+        data_collator=PadCollator(tokenizer.pad_token_id, 1 if arguments.use_cpu else 8),
+        callbacks=extra,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -91,4 +141,8 @@ def get_history(
     trainer: Trainer,  # from `create_trainer`
 ) -> HistoryCallback:  # its rows are what was logged
     "The history that a trainer keeps."
-    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HistoryCallback))
+    return next(
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, HistoryCallback)
+    )

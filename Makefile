@@ -1,0 +1,41 @@
+# The two commands of the README. Each does all its own set-up, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lab docs notebooks readme clean
+
+run: .venv/.run  ## fine-tune the built-in model on the built-in data
+	$(BIN)/lorabook run
+
+test: .venv/.dev  ## everything that CI checks
+	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools
+	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@echo "== docs"; $(BIN)/python docs/build.py
+	@echo "== tests"; $(BIN)/pytest -q tests
+
+lab: .venv/.dev  ## JupyterLab on the guides
+	$(BIN)/jupyter lab --notebook-dir nbs guides/01_quickstart.ipynb
+
+docs: .venv/.dev  ## the docs site, into _docs
+	$(BIN)/python docs/build.py
+
+notebooks: .venv/.dev  ## run all notebooks and save their outputs; or some: make notebooks NB=nbs/80_run.ipynb
+	$(BIN)/python tools/run_notebooks.py $(NB)
+
+readme: .venv/.dev  ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/make_readme.py
+
+clean:
+	rm -rf .venv _docs _proc outputs build dist *.egg-info
+
+.venv/.run: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "== setting up .venv (once; the libraries are about 1 GB)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	@echo "== adding the development tools to .venv (once)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
