@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYMPTOMS', 'MEDICATIONS', 'ALLERGIES', 'NAMES', 'DAYS', 'VISITS', 'SENTENCES', 'MISSING', 'CHATTER', 'INTAKE',
-           'BOOKING', 'DEGREES', 'QUESTIONS', 'REQUESTS', 'REPLIES', 'CHATML', 'sample_facts', 'write_message',
-           'degree', 'intake_note', 'make_records', 'ask', 'make_dialogue', 'make_tokenizer', 'make_model',
+           'BOOKING', 'DEGREES', 'QUESTIONS', 'REQUESTS', 'REPLIES', 'CHATML', 'degree', 'sample_facts',
+           'write_message', 'intake_note', 'make_records', 'ask', 'make_dialogue', 'make_tokenizer', 'make_model',
            'encode_dialogue', 'copy_task', 'pad_rows', 'pretrain', 'build_base', 'write_data']
 
 # %% ../nbs/98_builtin.ipynb #c646b0a1
@@ -104,11 +104,21 @@ INTAKE = ["symptom", "duration", "severity", "medication", "allergy"]
 BOOKING = ["name", "visit", "day", "hour"]
 
 # %% ../nbs/98_builtin.ipynb #4a1e2a08
+DEGREES = ["mild", "moderate", "severe"]
+
+
+def degree(
+    severity: int,  # 1 to 10
+) -> str:  # "mild" to 3, "moderate" to 6, "severe" from 7
+    "The usual words for a number on a pain scale."
+    return DEGREES[(severity > 3) + (severity > 6)]
+
+
 def sample_facts(
     rng: random.Random,  # source of randomness
     keys: list,  # which facts, of `INTAKE` and `BOOKING`
 ) -> dict:  # key -> value: str, int (severity) or None (no medication, no allergy)
-    "Draw a value for each of `keys`."
+    "Draw a value for each of `keys`; a severity brings its `degree` along."
     draw = dict(
         symptom=lambda: rng.choice(SYMPTOMS),
         duration=lambda: f"{rng.randint(2, 29)} {rng.choice(['hours', 'days', 'weeks', 'months'])}",
@@ -120,38 +130,32 @@ def sample_facts(
         day=lambda: rng.choice(DAYS),
         hour=lambda: f"{rng.randint(7, 18)}:{rng.choice(['00', '15', '30', '45'])}",
     )
-    return {key: draw[key]() for key in keys}
+    facts = {key: draw[key]() for key in keys}
+    return facts | {"degree": degree(facts["severity"])} if "severity" in facts else facts
 
 
 def write_message(
     rng: random.Random,  # source of randomness
     facts: dict,  # from `sample_facts`
-) -> str:  # a message that states every fact once, in any order, with some chatter between
+) -> (
+    str
+):  # a message that states every fact but the degree once, in any order, with some chatter between
     "Say `facts` as a person would."
     said = [
         rng.choice(MISSING[key] if value is None else SENTENCES[key]).format(value)
         for key, value in facts.items()
+        if key in SENTENCES
     ]
     said += rng.sample(CHATTER, rng.randint(0, 2))
     rng.shuffle(said)
     return ". ".join(said) + "."
 
 # %% ../nbs/98_builtin.ipynb #22fcb386
-DEGREES = ["mild", "moderate", "severe"]
-
-
-def degree(
-    severity: int,  # 1 to 10
-) -> str:  # "mild" to 3, "moderate" to 6, "severe" from 7
-    "The usual words for a number on a pain scale."
-    return DEGREES[(severity > 3) + (severity > 6)]
-
-
 def intake_note(
-    facts: dict,  # the five facts of `INTAKE`
+    facts: dict,  # `INTAKE` and the degree
 ) -> str:  # JSON with the keys of `INTAKE` and `visit`
     "The note that a message with these facts should lead to."
-    visit = VISITS[DEGREES.index(degree(facts["severity"]))]
+    visit = VISITS[DEGREES.index(facts["degree"])]
     return json.dumps({key: facts[key] for key in INTAKE} | {"visit": visit})
 
 
@@ -182,14 +186,6 @@ def ask(
 ) -> tuple[str, str]:  # question and answer
     "A question about one to three of the facts."
     asked = rng.sample(list(facts), rng.choice([1, 1, 2, 3]))
-    if asked == ["severity"] and rng.random() < 0.6:
-        limit, severity = rng.randint(1, 9), facts["severity"]
-        return rng.choice(
-            [
-                ("How bad is it?", degree(severity)),
-                (f"Is the severity above {limit}?", "yes" if severity > limit else "no"),
-            ]
-        )
     if len(asked) == 1 and rng.random() < 0.6:
         return rng.choice(QUESTIONS).format(asked[0]), str(facts[asked[0]] or "none")
     return rng.choice(REQUESTS).format(", ".join(asked)), json.dumps(
@@ -329,8 +325,8 @@ def pad_rows(
 def pretrain(
     model,  # from `make_model`, changed in place
     tokenizer,  # from `make_tokenizer`
-    steps: int = 4000,  # optimizer steps of 32 dialogues, or 96 copy tasks
-    copy_steps: int = 1000,  # of these, steps with random tokens only
+    steps: int = 2600,  # optimizer steps of 32 dialogues, or 96 copy tasks
+    copy_steps: int = 700,  # of these, steps with random tokens only
     learning_rate: float = 2e-3,  # peak; 200 steps of warm-up, then a cosine to zero
     seed: int = 11,  # of the data
     log=print,  # called with a line of text every 100 steps
@@ -347,7 +343,7 @@ def pretrain(
     model.train()
     for step in range(1, steps + 1):
         if step <= copy_steps or rng.random() < 0.1:
-            rows = [copy_task(rng, tokenizer, 10 if step < 700 else 24) for _ in range(96)]
+            rows = [copy_task(rng, tokenizer, 10 if step < 400 else 24) for _ in range(96)]
         else:
             rows = [encode_dialogue(make_dialogue(rng), tokenizer) for _ in range(32)]
         with torch.autocast("cpu", torch.bfloat16):

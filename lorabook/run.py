@@ -126,7 +126,7 @@ def _result_page(result, examples=3):
             ],
         ),
         f"<h4>Where it is</h4><p>adapter: <code>{escape(str(result.adapter_dir))}</code><br>",
-        f"config: <code>{escape(str(result.adapter_dir / 'run.yaml'))}</code>, which repeats it</p>",
+        f"config: <code>{escape(str(result.adapter_dir / 'run.yaml'))}</code></p>",
     ]
     return f"<div>{''.join(parts)}</div>"
 

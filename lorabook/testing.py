@@ -51,7 +51,7 @@ def save_tiny_model(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(builtin_path("model"))
-    tiny_model(family, len(tokenizer), **config).save_pretrained(folder)
+    tiny_model(family, len(tokenizer) + 64, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

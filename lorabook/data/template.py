@@ -60,8 +60,8 @@ def assistant_spans(
             template, messages[: i + 1], tools, **template_kwargs
         ).startswith(text[:end]):
             raise TemplateError(
-                f"The chat template rewrites what is before message {i + 1}; training would not see "
-                "what generating starts from.",
+                f"The chat template rewrites what is before message {i + 1}; training would differ "
+                "from generating.",
                 f"...{prompt[-60:]!r}",
                 "Use a template that only appends.",
             )
@@ -73,8 +73,8 @@ def assistant_spans(
             )
         if said.strip() == content:
             raise TemplateError(
-                f"The chat template writes no end of turn after message {i + 1}; a model would never "
-                "learn to stop.",
+                f"The chat template writes no end of turn after message {i + 1}; a model "
+                "would never learn to stop.",
                 f"...{said[-40:]!r}",
                 "Use a template that ends the assistant's turn, with `eos_token` for example.",
             )

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 
 import torch
-from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoftQConfig, PeftModel, get_peft_model
 
 from ..config import LoraSettings, nearest
 from ..errors import ModelError
@@ -114,7 +114,11 @@ def setup_lora(
         if name not in layers:
             raise _no_such_layer(model, "modules_to_save", name, layers)
     model.config.use_cache = False
-    return get_peft_model(model, lora_config(cfg, targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # between PEFT and transformers, not the user
+        return get_peft_model(model, lora_config(cfg, targets))
 
 # %% ../../nbs/21_model.adapter.ipynb #0e9e61f7
 @dataclasses.dataclass

@@ -31,6 +31,17 @@ def _passed_through(cfg):
     return {name: value for name, value in vars(cfg).items() if name not in own}
 
 
+def _checkpointing(wanted):
+    "Whether activations are recomputed, under the name that the installed transformers has for it."
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else "gradient_checkpointing"
+    )
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
+
+
 def training_arguments(
     cfg: TrainingSettings,  # the training section of a config
     model,  # decides the compute dtype, the device and the learning rate
@@ -70,10 +81,9 @@ def training_arguments(
         load_best_model_at_end=has_eval,
         metric_for_best_model="eval_loss" if has_eval else None,
         greater_is_better=False if has_eval else None,
-        gradient_checkpointing=not on_cpu
-        if cfg.gradient_checkpointing == "auto"
-        else cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(
+            not on_cpu if cfg.gradient_checkpointing == "auto" else cfg.gradient_checkpointing
+        ),
         dataloader_pin_memory=not on_cpu,
         label_names=["labels"],
         remove_unused_columns=False,

@@ -1,0 +1,58 @@
+"""For all tests: no network, one thread, no cache left behind; and what several files need."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="lorabook-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def builtin():
+    "The built-in model, not quantized, and its tokenizer; not to be changed."
+    from lorabook.config import ModelSettings
+    from lorabook.model.load import setup_model
+
+    return setup_model(cfg=ModelSettings(quantization="none"))
+
+
+@pytest.fixture(scope="session")
+def refused():
+    "A context: the code inside raises `kind`, in three parts, and the message holds every part."
+
+    @contextmanager
+    def context(kind, *parts):
+        with pytest.raises(kind) as caught:
+            yield
+        message = str(caught.value)
+        for part in ("\n  found: ", "\n  to do: ", *parts):
+            assert part in message, f"{part!r} is not in:\n{message}"
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    "Run Python code in a new process."
+
+    def run(code, **env):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+
+    return run
