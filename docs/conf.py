@@ -16,6 +16,8 @@ myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # what is shown is what was saved
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and warnings that name folders of the author's machine
+nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
 
 # MathJax 3.2.2, as npm has it, in one file

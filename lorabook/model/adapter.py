@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 
 import torch
-from peft import LoraConfig, LoftQConfig, PeftModel, get_peft_model
+from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 
 from ..config import LoraSettings, nearest
 from ..errors import ModelError

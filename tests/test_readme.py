@@ -1,0 +1,46 @@
+"""What the README shows, runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import lorabook as lb
+from lorabook.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = (
+    "training.max_steps=2",
+    "training.logging_steps=1",
+    "training.batch_size=8",
+    "training.gradient_accumulation_steps=1",
+)
+
+
+def test_ten_lines(tmp_path, monkeypatch):
+    code = re.search(r"```py\n(.*?)```", README, flags=re.S)[1]
+    small = lb.RunConfig(output_dir=str(tmp_path)).override(*SMALL)
+    monkeypatch.setattr(lb, "RunConfig", lambda: small, raising=False)
+    exec(code, {})
+    assert (tmp_path / "my_custom_llm_builtin" / "adapter_model.safetensors").exists()
+
+
+def test_commands_are_understood(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
+    commands = re.findall(r"^lorabook (.*?)(?:\s+#.*)?$", README, flags=re.M)
+    assert len(commands) >= 3
+    for command in commands:
+        words, _, target = command.partition(" > ")
+        assert main(shlex.split(words)) == 0, command
+        if target:
+            Path(target.strip()).write_text(capsys.readouterr().out)
+    assert [cfg.model.name for cfg in ran] == ["builtin", "Qwen/Qwen2.5-0.5B-Instruct"]
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
+def test_links(path):
+    assert (ROOT / path).exists()
