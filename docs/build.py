@@ -28,6 +28,7 @@ SIDEBAR = "\n\n".join(
     f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {caption}\n\n{pattern}\n```"
     for caption, pattern in (("Guides", "guides/*"), ("Chapters", "[0-9]*"))
 )
+WIDGET = "application/vnd.jupyter.widget-view+json"  # such as a progress bar: nothing without a kernel
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 REDIRECT = '<!doctype html><title>{0}</title><script>location.replace("{0}" + location.hash)</script><a href="{0}">{0}</a>\n'
 
@@ -68,8 +69,7 @@ def process(path):
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             cell.metadata["tags"] = [TAGS[d] for d in TAGS if d in directives]
             cell.metadata["mystnb"] = {"code_prompt_show": label(cell.source)} if directives & EXPORTED else {}
-            for output in cell.outputs:  # a widget shows what it says of itself as text
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
             cells.append(cell)
     nb.cells = cells
     nb.metadata.pop("widgets", None)

@@ -8,6 +8,7 @@ __all__ = ['RunResult', 'run_training']
 # %% ../nbs/80_run.ipynb #9e6632e4
 import dataclasses
 import json
+import shutil
 import time
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from .config import RunConfig, library_versions
 from .data.batch import prepare_datasets
 from .data.source import load_and_prepare_data
-from .errors import ConfigError
+from .errors import ConfigError, TrainingError
 from .export.save import save_model
 from .infer.evaluate import Scores, evaluate, show_score
 from .memory import MemoryLog, print_gpu_memory_usage
@@ -151,14 +152,33 @@ class _Phases:
         self.memory.mark(name)
 
 
-def _prepare_output(cfg):
-    "Make the output folder, so that no right to write is known before the download."
+def _prepare_output(cfg, resume):
+    "Make the output folder; keep an unfinished run, clear the checkpoints of a finished one."
+    folder, finished = Path(cfg.output_dir), Path(cfg.output_dir, "metrics.json")
     try:
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = sorted(folder.glob("checkpoint-*"))
+        if resume is True and not checkpoints:
+            raise TrainingError(
+                "There is no checkpoint to resume from.",
+                f"{folder} has none",
+                "Start without resuming, or give the `output_dir` of the run.",
+            )
+        if checkpoints and not resume and not finished.exists():
+            raise TrainingError(
+                "The output folder holds an unfinished run.",
+                f"{folder}: {checkpoints[-1].name}",
+                "Resume it (`--resume`), give another `output_dir`, or delete it.",
+            )
+        finished.unlink(missing_ok=True)
+        if checkpoints and not resume:
+            print(f"{folder} holds a finished run: its {len(checkpoints)} checkpoints are removed")
+            for checkpoint in checkpoints:
+                shutil.rmtree(checkpoint)
     except OSError as error:
         raise ConfigError(
-            "`output_dir` can't be made.",
-            f"{cfg.output_dir}: {error}",
+            "`output_dir` can't be written to.",
+            f"{folder}: {error}",
             "Give a folder that you may write to.",
         ) from error
 
@@ -171,8 +191,9 @@ def run_training(
     callbacks: list | None = None,  # `TrainerCallback`s of your own
 ) -> RunResult:  # raises the errors of each stage
     "Fine-tune, evaluate before and after, and save."
-    cfg = cfg or RunConfig()
-    _prepare_output(cfg)
+    cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
+    _prepare_output(cfg, resume_from_checkpoint)
+    cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
     phases = _Phases(["data", "model", "tokens", "before", "train", "after", "save"])
 
     phases.begin("data")
@@ -214,7 +235,6 @@ def run_training(
     phases.end("after")
 
     phases.begin("save")
-    cfg = RunConfig.from_dict(cfg.to_dict() | {"versions": library_versions()})
     adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
     phases.end("save")
     result = RunResult(
@@ -230,6 +250,5 @@ def run_training(
     Path(cfg.output_dir, "metrics.json").write_text(
         json.dumps(result.to_dict(), indent=2), encoding="utf-8"
     )
-    cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
     print(f"\n{result}")
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="lorabook-tests-")
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = os.environ["HF_MODULES_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402
 

@@ -228,7 +228,6 @@ BAD_FILES = {  # kind -> file name, content, what the message holds
         "columns: Instruction, Response",
         "instruction + response",
     ),
-    "too few rows": ("few.jsonl", ROWS[:3], "validation split is empty", "train 3", "`data.split`"),
 }
 
 
@@ -236,8 +235,15 @@ BAD_FILES = {  # kind -> file name, content, what the message holds
 def test_bad_file(case, tmp_path, refused):
     name, content, *parts = case
     source = write(tmp_path / name, content)
-    with refused(DataError, *([] if name.startswith("few") else [name]), *parts):
+    with refused(DataError, name, *parts):
         load_and_prepare_data(source)
+
+
+@pytest.mark.parametrize("split, empty", [([9, 1, 1], "validation"), ([1, 1, 1], "test")])
+def test_too_few_rows(split, empty, tmp_path, refused):
+    source = write(tmp_path / "mine.jsonl", ROWS[:2])
+    with refused(DataError, f"The {empty} split is empty", f"{empty} 0", "`data.split`"):
+        load_and_prepare_data(source, DataSettings(split=split))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "overwritten"])

@@ -31,7 +31,8 @@ def test_commands_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
-    commands = re.findall(r"^lorabook (.*?)(?:\s+#.*)?$", README, flags=re.M)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.S))
+    commands = re.findall(r"^lorabook (.*?)(?:\s+#.*)?$", shell, flags=re.M)
     assert len(commands) >= 3
     for command in commands:
         words, _, target = command.partition(" > ")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from tqdm import tqdm
 
 from ..config import DataSettings, builtin_path
 from ..errors import DataError
@@ -261,7 +262,7 @@ def _read_conversations(source):
         {},
         0,
     )
-    for place, row in rows:
+    for place, row in tqdm(rows, desc=f"read {source}", unit=" rows", delay=1, leave=False):
         shape = shape or recognise(row, place)
         messages = to_messages(row, shape, place)
         key = json.dumps(messages, sort_keys=True)

@@ -1,0 +1,149 @@
+"""From the command line to an adapter that plain PEFT loads, and again, bit for bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorabook.config import ModelSettings, RunConfig
+from lorabook.model.adapter import setup_lora
+from lorabook.model.load import setup_model
+from lorabook.run import run_training
+
+SHORT = (
+    "training.max_steps=4",
+    "training.logging_steps=2",
+    "training.batch_size=8",
+    "training.gradient_accumulation_steps=1",
+)
+
+
+def lorabook(*arguments):
+    "Run the command."
+    script = shutil.which("lorabook", path=Path(sys.executable).parent)
+    code = "import sys; from lorabook.cli import main; sys.exit(main())"
+    command = [script] if script else [sys.executable, "-c", code]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    "The output folder of a short built-in run."
+    folder = tmp_path_factory.mktemp("run") / "first"
+    result = lorabook("run", *SHORT, f"output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(output):
+    "The adapter's folder of that run."
+    return Path(json.loads((output / "metrics.json").read_text())["adapter_dir"])
+
+
+def test_records_of_a_run(output, adapter):
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+    cfg = RunConfig.from_yaml(output / "run.yaml")
+    assert (cfg.training.max_steps, cfg.output_dir) == (4, str(output))
+    assert cfg.versions["torch"] == metrics["versions"]["torch"] == torch.__version__
+    assert RunConfig.from_yaml(adapter / "run.yaml") == cfg
+
+
+def test_adapter_loads_without_lorabook(adapter, fresh):
+    result = fresh(f"""
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(adapter)!r})
+model = AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r})
+inputs = tokenizer.apply_chat_template([{{"role": "user", "content": "Hi"}}], return_dict=True,
+                                       add_generation_prompt=True, return_tensors="pt")
+trained = model(**inputs).logits
+with model.disable_adapter(): base = model(**inputs).logits
+assert trained.isfinite().all() and not torch.equal(trained, base)
+assert tokenizer.chat_template and "lorabook" not in sys.modules
+print("loaded", model.active_adapter)
+""")
+    assert "loaded default" in result.stdout, result.stderr
+
+
+def test_run_yaml_repeats_the_run(output, adapter):
+    second = output.parent / "second"
+    result = lorabook("run", str(output / "run.yaml"), f"output_dir={second}")
+    assert result.returncode == 0, result.stderr
+    first_weights = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(second / adapter.name / "adapter_model.safetensors")
+    assert weights.keys() == first_weights.keys()
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    assert all(torch.equal(weights[name], first_weights[name]) for name in weights)
+
+
+def test_own_conversations(tmp_path, fresh):
+    rows = [
+        [("user", f"What is {i} plus 1?"), ("assistant", str(i + 1)), ("user", "Sure?")]
+        + [("assistant", "Yes.")]
+        for i in range(30)
+    ]
+    path = tmp_path / "mine.jsonl"
+    with path.open("w") as file:
+        for row in rows:
+            messages = [{"role": role, "content": content} for role, content in row]
+            print(json.dumps({"messages": messages}), file=file)
+    changes = [f"data.train_file={path}", "data.system_prompt=You add.", f"output_dir={tmp_path}/o"]
+    result = run_training(RunConfig().override(*SHORT, *changes))
+    assert result.after.loss < result.before.loss
+    prompt, reference, _ = result.after.answers[0]
+    assert prompt[0] == {"role": "system", "content": "You add."}
+    assert (prompt[-1]["content"], reference) == ("Sure?", "Yes.")
+    assert (result.adapter_dir / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["lora.rr=3"], ["Unknown key `lora.rr`", "rr: 3", "Did you mean `r`?"]),
+        (["nowhere.yaml"], ["nowhere.yaml can't be read", "No such file", "YAML file"]),
+        (["a.yaml", "b.yaml"], ["More than one config file", "a.yaml, b.yaml", "Give one"]),
+        (["output_dir=/dev/null/x"], ["`output_dir`", "/dev/null/x", "Give a folder"]),
+        (
+            ["data.train_file=nowhere.jsonl", "output_dir={tmp}"],
+            ["'nowhere.jsonl'", "looked in", "`data.train_file`"],
+        ),
+        (
+            ["output_dir={tmp}", "--resume", "nowhere"],
+            ["nowhere", "checkpoint", "--resume"],
+        ),
+    ],
+    ids=["key", "no file", "two files", "output folder", "data", "checkpoint"],
+)
+def test_error_at_the_command_line(arguments, parts, tmp_path):
+    result = lorabook("run", *[argument.format(tmp=tmp_path) for argument in arguments])
+    assert result.returncode == 2, result.stderr
+    for part in ("\nerror: ", "\n  found: ", "\n  to do: ", *parts):
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_evaluation_leaves_gradients_alone():
+    model = setup_lora(setup_model(cfg=ModelSettings(quantization="nf4"))[0])
+    ids = torch.arange(5, 85).view(2, 40)
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    model.eval()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, before[name], rtol=0.1, atol=1e-3, msg=name)
