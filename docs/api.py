@@ -1,4 +1,4 @@
-"""What a chapter shows of an exported name: signature, docstring, and its parameters with the comments beside them."""
+"""What a chapter shows of an exported name: signature, docstring, parameters and their comments."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ from io import StringIO
 
 
 def comments(obj):
-    "{parameter, field or `return`: its comments}. Unlike fastcore's `docments`, on any of the lines that it spans."
+    "{parameter, field or `return`: its comments}, on any of its lines; fastcore reads the first."
     try:
         source = textwrap.dedent(inspect.getsource(obj))
     except (OSError, TypeError):  # a class without a constructor of its own
@@ -64,7 +64,9 @@ def table(head, rows):
         return ""
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     lines = (head, ["---"] * len(head), *rows)
-    return "\n".join(" | ".join(row[i].replace("|", "\\|") for i in used).join(("| ", " |")) for row in lines)
+    return "\n".join(
+        " | ".join(row[i].replace("|", "\\|") for i in used).join(("| ", " |")) for row in lines
+    )
 
 
 def code(text):
@@ -93,7 +95,9 @@ def show_doc(obj, name=None):
     methods = [
         (code(key), value.__doc__.splitlines()[0])
         for key, value in (vars(obj).items() if is_class else ())
-        if key[0] != "_" and value.__doc__ and (inspect.isroutine(value) or isinstance(value, property))
+        if key[0] != "_"
+        and value.__doc__
+        and (inspect.isroutine(value) or isinstance(value, property))
     ]
     parts = (
         f"### `{name}`",

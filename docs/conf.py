@@ -1,4 +1,4 @@
-"""Sphinx: myst-nb reads the processed notebooks, sphinx-book-theme shows them; no page asks another host for anything."""
+"""Sphinx: myst-nb reads what build.py wrote, sphinx-book-theme shows it; no other host is asked."""
 
 from importlib.util import find_spec
 from pathlib import Path

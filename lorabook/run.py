@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import time
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
@@ -135,20 +136,15 @@ def _result_page(result, examples=3):
 class _Phases:
     "Announces phases, and notes what each took."
 
-    def __init__(self, names):
-        self.names, self.memory, self.seconds, self.start = (
-            list(names),
-            MemoryLog(),
-            {},
-            time.monotonic(),
-        )
+    def __init__(self, count):
+        self.count, self.memory, self.seconds = count, MemoryLog(), {}
 
-    def begin(self, name):
-        print(f"\n[{self.names.index(name) + 1}/{len(self.names)}] {name}", flush=True)
-        self.start = time.monotonic()
-
-    def end(self, name):
-        self.seconds[name] = time.monotonic() - self.start
+    @contextmanager
+    def __call__(self, name):
+        print(f"\n[{len(self.seconds) + 1}/{self.count}] {name}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
         self.memory.mark(name)
 
 
@@ -185,66 +181,52 @@ def _prepare_output(cfg, resume):
 # %% ../nbs/80_run.ipynb #17ad917b
 def run_training(
     cfg: RunConfig | None = None,  # None: the built-in run
-    resume_from_checkpoint: str
-    | bool
-    | None = None,  # a checkpoint's folder, or True for the latest
+    resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the latest
     callbacks: list | None = None,  # `TrainerCallback`s of your own
 ) -> RunResult:  # raises the errors of each stage
     "Fine-tune, evaluate before and after, and save."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     _prepare_output(cfg, resume_from_checkpoint)
     cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
-    phases = _Phases(["data", "model", "tokens", "before", "train", "after", "save"])
+    phase = _Phases(7)
 
-    phases.begin("data")
-    raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
-    phases.end("data")
+    with phase("data"):
+        raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
+    with phase("model"):
+        model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
+        model = setup_lora(model, cfg.lora)
+        trainable = trainable_report(model)
+        print(trainable)
+    with phase("tokens"):
+        data = prepare_datasets(raw, tokenizer, cfg.data, cfg.model.max_length)
+    with phase("before"):
+        before = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
+        print_gpu_memory_usage()
+    with phase("train"):
+        trainer = create_trainer(
+            model,
+            tokenizer,
+            data["train"],
+            data["validation"],
+            cfg.output_dir,
+            cfg.training,
+            cfg.seed,
+            callbacks,
+        )
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    with phase("after"):
+        after = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
+    with phase("save"):
+        adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
 
-    phases.begin("model")
-    model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
-    model = setup_lora(model, cfg.lora)
-    trainable = trainable_report(model)
-    print(trainable)
-    phases.end("model")
-
-    phases.begin("tokens")
-    data = prepare_datasets(raw, tokenizer, cfg.data, cfg.model.max_length)
-    phases.end("tokens")
-
-    phases.begin("before")
-    before = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
-    print_gpu_memory_usage()
-    phases.end("before")
-
-    phases.begin("train")
-    trainer = create_trainer(
-        model,
-        tokenizer,
-        data["train"],
-        data["validation"],
-        cfg.output_dir,
-        cfg.training,
-        cfg.seed,
-        callbacks,
-    )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    phases.end("train")
-
-    phases.begin("after")
-    after = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
-    phases.end("after")
-
-    phases.begin("save")
-    adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
-    phases.end("save")
     result = RunResult(
         adapter_dir,
         before,
         after,
         get_history(trainer),
-        phases.memory,
+        phase.memory,
         trainable,
-        phases.seconds,
+        phase.seconds,
         cfg,
     )
     Path(cfg.output_dir, "metrics.json").write_text(

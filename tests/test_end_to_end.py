@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorabook.cli import main
 from lorabook.config import ModelSettings, RunConfig
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
@@ -85,7 +86,7 @@ def test_run_yaml_repeats_the_run(output, adapter):
     assert all(torch.equal(weights[name], first_weights[name]) for name in weights)
 
 
-def test_own_conversations(tmp_path, fresh):
+def test_own_conversations(tmp_path):
     rows = [
         [("user", f"What is {i} plus 1?"), ("assistant", str(i + 1)), ("user", "Sure?")]
         + [("assistant", "Yes.")]
@@ -112,22 +113,23 @@ def test_own_conversations(tmp_path, fresh):
         (["nowhere.yaml"], ["nowhere.yaml can't be read", "No such file", "YAML file"]),
         (["a.yaml", "b.yaml"], ["More than one config file", "a.yaml, b.yaml", "Give one"]),
         (["output_dir=/dev/null/x"], ["`output_dir`", "/dev/null/x", "Give a folder"]),
-        (
-            ["data.train_file=nowhere.jsonl", "output_dir={tmp}"],
-            ["'nowhere.jsonl'", "looked in", "`data.train_file`"],
-        ),
-        (
-            ["output_dir={tmp}", "--resume", "nowhere"],
-            ["nowhere", "checkpoint", "--resume"],
-        ),
+        (["data.train_file=nowhere.jsonl"], ["'nowhere.jsonl'", "looked in", "`data.train_file`"]),
+        (["--resume", "nowhere"], ["nowhere", "checkpoint"]),
     ],
     ids=["key", "no file", "two files", "output folder", "data", "checkpoint"],
 )
-def test_error_at_the_command_line(arguments, parts, tmp_path):
-    result = lorabook("run", *[argument.format(tmp=tmp_path) for argument in arguments])
-    assert result.returncode == 2, result.stderr
+def test_error_at_the_command_line(arguments, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *arguments]) == 2
+    message = capsys.readouterr().err
     for part in ("\nerror: ", "\n  found: ", "\n  to do: ", *parts):
-        assert part in result.stderr
+        assert part in message
+
+
+def test_error_has_no_traceback():
+    result = lorabook("run", "lora.rr=3")
+    assert result.returncode == 2
+    assert "error: Unknown key `lora.rr`.\n  found: rr: 3\n  to do: " in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -145,5 +147,7 @@ def test_evaluation_leaves_gradients_alone():
     model.eval()
     with torch.inference_mode():
         model(input_ids=ids)
-    for name, gradient in gradients().items():
-        torch.testing.assert_close(gradient, before[name], rtol=0.1, atol=1e-3, msg=name)
+    after = gradients()
+    assert any(gradient.any() for gradient in before.values())
+    for name, gradient in before.items():
+        assert (after[name] - gradient).norm() <= 0.01 * gradient.norm(), name
