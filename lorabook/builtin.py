@@ -285,14 +285,14 @@ def encode_dialogue(
     tokenizer,  # from `make_tokenizer`
 ) -> tuple[list, list]:  # token ids and labels, -100 outside what the assistant says
     "ChatML by hand: the loss is on the assistant's words and end of turn."
+    heads = [f"<|im_start|>{m['role']}\n" for m in dialogue]
+    bodies = [m["content"] + "<|im_end|>" for m in dialogue]
+    *encoded, newline = tokenizer([*heads, *bodies, "\n"])["input_ids"]
     ids, labels = [], []
-    for m in dialogue:
-        head = tokenizer(f"<|im_start|>{m['role']}\n")["input_ids"]
-        body = tokenizer(m["content"] + "<|im_end|>")["input_ids"]
-        ids += head + body
-        labels += [-100] * len(head) + (body if m["role"] == "assistant" else [-100] * len(body))
-        newline = tokenizer("\n")["input_ids"]
-        ids, labels = ids + newline, labels + [-100] * len(newline)
+    for m, head, body in zip(dialogue, encoded, encoded[len(dialogue) :]):
+        ids += head + body + newline
+        learnt = body if m["role"] == "assistant" else [-100] * len(body)
+        labels += [-100] * len(head) + learnt + [-100] * len(newline)
     return ids, labels
 
 
@@ -325,8 +325,8 @@ def pad_rows(
 def pretrain(
     model,  # from `make_model`, changed in place
     tokenizer,  # from `make_tokenizer`
-    steps: int = 2600,  # optimizer steps of 32 dialogues, or 96 copy tasks
-    copy_steps: int = 700,  # of these, steps with random tokens only
+    steps: int = 2000,  # optimizer steps of 32 dialogues, or 96 copy tasks
+    copy_steps: int = 500,  # of these, steps with random tokens only
     learning_rate: float = 2e-3,  # peak; 200 steps of warm-up, then a cosine to zero
     seed: int = 11,  # of the data
     log=print,  # called with a line of text every 100 steps

@@ -32,14 +32,9 @@ def _parser():
             metavar="config.yaml | section.key=value",
             help="a YAML file, and changes to single values; none: the built-in run",
         )
-    commands.choices["run"].add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a name, the latest",
-    )
+    resume = commands.choices["run"].add_mutually_exclusive_group()
+    resume.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    resume.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint")
     return parser
 
 
@@ -67,7 +62,7 @@ def main(
         else:
             from lorabook.run import run_training
 
-            run_training(cfg, resume_from_checkpoint=arguments.resume)
+            run_training(cfg, resume_from_checkpoint=arguments.resume_from or arguments.resume)
     except LorabookError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2

@@ -13,10 +13,17 @@ import functools
 import re
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from .errors import ConfigError
@@ -66,13 +73,15 @@ def _as_config_error(method, section):
     "Run `method`; turn pydantic's faults into a `ConfigError`."
 
     @functools.wraps(method)
-    def checked(self, *args, **kwargs):
+    def checked(self, /, *args, **kwargs):
         try:
             method(self, *args, **kwargs)
         except ValidationError as error:
             faults = _faults(error, section, type(self))
         else:
             return
+        if section == "training":
+            faults += _passed_through_faults(kwargs)
         raise ConfigError("\n".join(map(str, faults)))
 
     return checked
@@ -82,7 +91,12 @@ def _settings(section=None, extra="forbid"):
     "Make a class a checked dataclass, and name it as a section of the config."
 
     def decorate(cls):
-        cls = dataclass(cls, config=ConfigDict(extra=extra, strict=True, validate_assignment=True))
+        cls = dataclass(
+            cls,
+            config=ConfigDict(
+                extra=extra, strict=True, validate_assignment=True, allow_inf_nan=False
+            ),
+        )
         for method in ("__init__", "__setattr__"):
             setattr(cls, method, _as_config_error(getattr(cls, method), section))
         if section:
@@ -161,7 +175,9 @@ class LoraSettings:
     r: Positive = 16  # rank
     alpha: Annotated[float, Field(gt=0)] = 32  # the update is scaled by alpha / r
     dropout: Share = 0.0  # on the adapter's input while training
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"  # which layers get an adapter
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = (
+        "all-linear"  # which layers get an adapter
+    )
     use_rslora: bool = False  # scale by alpha / sqrt(r)
     use_dora: bool = False  # weight-decomposed LoRA
     init_lora_weights: bool | Literal["gaussian", "olora", "pissa", "loftq", "orthogonal"] = (
@@ -170,38 +186,56 @@ class LoraSettings:
     modules_to_save: list[str] | None = None  # layers to train whole
 
 # %% ../nbs/01_config.ipynb #a286e532
-def _check_passed_through(settings):
-    "Refuse names that `TrainingArguments` doesn't have, and those that lorabook sets itself."
-    own = [f.name for f in dataclasses.fields(settings)]
-    extra = [name for name in vars(settings) if name not in own]
+_OURS = {
+    "output_dir": "Use `output_dir`, outside the sections.",
+    "seed": "Use `seed`, outside the sections.",
+    "per_device_train_batch_size": "Use `training.batch_size`.",
+    **dict.fromkeys(
+        ("label_names", "remove_unused_columns", "prediction_loss_only"),
+        "Leave it out; lorabook sets it, and correct training depends on it.",
+    ),
+}
+
+
+def _passed_through_faults(values):
+    "Faults among the keys that are meant for `TrainingArguments`."
+    own = [field.name for field in dataclasses.fields(TrainingSettings)]
+    extra = {name: value for name, value in values.items() if name not in own}
     if not extra:
-        return
+        return []
     from transformers import TrainingArguments
 
-    ours = {
-        "output_dir": "output_dir",
-        "seed": "seed",
-        "label_names": None,
-        "remove_unused_columns": None,
-        "per_device_train_batch_size": "training.batch_size",
-    }
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in ours]
-    for name in extra:
-        if name in known:
-            continue
-        todo = (
-            f"Use `{ours[name]}`."
-            if ours.get(name)
-            else "lorabook sets it, and correct training depends on it; leave it out."
-        )
-        if name not in ours:
-            todo = (
-                f"Use one of: {', '.join(own)}; or a field of transformers.TrainingArguments."
-                f"{nearest(name, own + known)}"
+    known, faults = get_type_hints(TrainingArguments), []
+    names = [
+        field.name
+        for field in dataclasses.fields(TrainingArguments)
+        if field.init and field.name not in _OURS
+    ]
+    for name, value in extra.items():
+        found = f"{name}: {value!r}"
+        if name in _OURS:
+            faults.append(ConfigError(f"`training.{name}` can't be set.", found, _OURS[name]))
+        elif name not in names:
+            todo = f"Use one of: {', '.join(own)}; or a field of transformers.TrainingArguments."
+            faults.append(
+                ConfigError(
+                    f"Unknown key `training.{name}`.", found, todo + nearest(name, own + names)
+                )
             )
-        raise ConfigError(
-            f"Unknown key `training.{name}`.", f"{name}: {getattr(settings, name)!r}", todo
-        )
+        else:
+            kind = TypeAdapter(known[name], config=ConfigDict(arbitrary_types_allowed=True))
+            try:
+                kind.validate_python(value)
+            except ValidationError as error:
+                messages = ", or: ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+                faults.append(
+                    ConfigError(
+                        f"`training.{name}` can't have this value.",
+                        f"{value!r} ({type(value).__name__})",
+                        f"{messages}.",
+                    )
+                )
+    return faults
 
 
 @_settings("training", extra="allow")
@@ -246,7 +280,8 @@ class TrainingSettings:
 
     @model_validator(mode="after")
     def _check(self):
-        _check_passed_through(self)
+        if faults := _passed_through_faults(vars(self)):
+            raise ConfigError("\n".join(map(str, faults)))
         evaluations = self.eval_steps or self.logging_steps
         if self.max_steps == 0:
             raise ConfigError(
@@ -359,7 +394,8 @@ class RunConfig:
             raise ConfigError(
                 f"The config {path} can't be read.", error, "Give the path of a YAML file."
             ) from None
-        return cls.from_dict(_read_yaml(text, path) or {})
+        values = _read_yaml(text, path)
+        return cls.from_dict({} if values is None else values)
 
     def override(
         self,
@@ -371,10 +407,11 @@ class RunConfig:
             path, equals, value = change.partition("=")
             *section, key = path.strip().split(".")
             if not equals or len(section) > 1 or (section and section[0] not in SECTIONS):
+                hint = nearest(section[0], SECTIONS) if section else ""
                 raise ConfigError(
                     "A change is written `section.key=value`.",
                     change,
-                    f"The sections are: {', '.join(SECTIONS)}.",
+                    f"The sections are: {', '.join(SECTIONS)}.{hint}",
                 )
             (values[section[0]] if section else values)[key] = _read_yaml(
                 value, f"The value in {change!r}"

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
+from datasets import DatasetDict
+
 from .config import RunConfig, library_versions
 from .data.batch import prepare_datasets
 from .data.source import load_and_prepare_data
@@ -24,7 +26,7 @@ from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model
 from .train.callbacks import HistoryCallback
-from .train.trainer import create_trainer, get_history
+from .train.trainer import check_training_arguments, create_trainer, get_history
 
 # %% ../nbs/80_run.ipynb #00641cca
 @dataclasses.dataclass
@@ -154,10 +156,11 @@ def _prepare_output(cfg, resume):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = sorted(folder.glob("checkpoint-*"))
-        if resume is True and not checkpoints:
+        here = checkpoints if resume is True else [Path(resume)] if resume else []
+        if resume and not any((checkpoint / "trainer_state.json").exists() for checkpoint in here):
             raise TrainingError(
                 "There is no checkpoint to resume from.",
-                f"{folder} has none",
+                f"nothing in {folder if resume is True else resume}",
                 "Start without resuming, or give the `output_dir` of the run.",
             )
         if checkpoints and not resume and not finished.exists():
@@ -186,6 +189,7 @@ def run_training(
 ) -> RunResult:  # raises the errors of each stage
     "Fine-tune, evaluate before and after, and save."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
+    check_training_arguments(cfg.training)
     _prepare_output(cfg, resume_from_checkpoint)
     cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
     phase = _Phases(7)
@@ -198,7 +202,8 @@ def run_training(
         trainable = trainable_report(model)
         print(trainable)
     with phase("tokens"):
-        data = prepare_datasets(raw, tokenizer, cfg.data, cfg.model.max_length)
+        seen = DatasetDict({name: raw[name] for name in ("train", "validation")})
+        data = prepare_datasets(seen, tokenizer, cfg.data, cfg.model.max_length)
     with phase("before"):
         before = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
         print_gpu_memory_usage()

@@ -12,6 +12,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset
 from tqdm import tqdm
 
@@ -19,13 +21,26 @@ from ..config import DataSettings, builtin_path
 from ..errors import DataError
 
 # %% ../../nbs/30_data.source.ipynb #da8b9702
+def _load_json(text):
+    "JSON, in which a key that stands twice is an error."
+
+    def once(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise json.JSONDecodeError(f"the key {twice!r} stands twice", text, 0)
+        return values
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def _read_jsonl(path):
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield f"{path.name}, line {number}", json.loads(line)
+                yield f"{path.name}, line {number}", _load_json(line.strip())
             except json.JSONDecodeError as error:
                 found = f"{error.msg} at column {error.colno}: {line.strip():.60}"
                 raise DataError(
@@ -37,7 +52,7 @@ def _read_jsonl(path):
 
 def _read_json(path):
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = _load_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path.name} is not valid JSON.",
@@ -53,7 +68,13 @@ def _read_json(path):
 
 def _read_csv(path):
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.DictReader(lines, strict=True)
+        columns = list(reader.fieldnames or [])
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise DataError(
+                f"{path.name} has two columns with one name.", twice[0], "Rename one of them."
+            )
         for row in reader:
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -66,7 +87,7 @@ def _read_csv(path):
 
 
 def _read_parquet(path):
-    rows = Dataset.from_parquet(str(path), cache_dir=None)
+    rows = pyarrow.parquet.read_table(path).to_pylist()
     yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -87,7 +108,7 @@ def read_rows(
         raise DataError(
             f"The data file {source!r} doesn't exist.",
             f"looked in {path.parent.resolve()}",
-            "Check `data.train_file`; a hub dataset is written `owner/name`.",
+            "Check the file name in `data`; a hub dataset is written `owner/name`.",
         )
     if path.suffix not in _READERS:
         raise DataError(
@@ -99,9 +120,13 @@ def read_rows(
         yield from _READERS[path.suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path.name} is not UTF-8 text.",
-            f"byte {error.start}: {error.reason}",
-            "Save it again as UTF-8.",
+            f"{path.name} is not UTF-8 text.", error.reason, "Save it again as UTF-8."
+        ) from None
+    except (csv.Error, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path.name} is damaged, or not what its name says.",
+            f"{error}",
+            "Check that quotation marks are closed, and write the file again.",
         ) from None
 
 # %% ../../nbs/30_data.source.ipynb #36b1ccf4
@@ -123,17 +148,21 @@ _SHAPES = {  # name -> columns that a row must have
 }
 
 
-def recognise(
-    row: dict,  # a row of the data
-    place: str = "the row",  # where it stands, for the message
-) -> str:  # "messages", "ShareGPT", "Alpaca", or the two columns, as "instruction/response"
-    "Which shape a row has; raises `DataError`."
+def _refuse_non_object(row, place):
     if not isinstance(row, dict):
         raise DataError(
             f"{place} is not an object.",
             f"{row!r:.60} ({type(row).__name__})",
             'Write {"instruction": ..., "response": ...}.',
         )
+
+
+def recognise(
+    row: dict,  # a row of the data
+    place: str = "the row",  # where it stands, for the message
+) -> str:  # "messages", "ShareGPT", "Alpaca", or the two columns, as "instruction/response"
+    "Which shape a row has; raises `DataError`."
+    _refuse_non_object(row, place)
     for shape, columns in _SHAPES.items():
         if all(column in row for column in columns):
             return shape
@@ -150,14 +179,17 @@ def _text(row, field, place, empty=False):
     "A field that must be text."
     value = row.get(field)
     if isinstance(value, str) and (empty or value.strip()):
-        return value
-    what = (
-        "is missing"
-        if field not in row
-        else "is empty"
-        if isinstance(value, str)
-        else "is not text"
-    )
+        if value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value):
+            return value
+        what = "has half a character (a lone surrogate)"
+    else:
+        what = (
+            "is missing"
+            if field not in row
+            else "is empty"
+            if isinstance(value, str)
+            else "is not text"
+        )
     raise DataError(
         f"{place}: the field `{field}` {what}.",
         f"{value!r:.60} ({type(value).__name__})",
@@ -177,15 +209,17 @@ def _conversation(row, shape, place):
             )
         if shape == "messages":
             return [dict(turn) for turn in turns]
+        for number, turn in enumerate(turns, 1):
+            _text(turn, "value", f"{place}, message {number}")
         return [
-            {"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+            {"role": _ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn["value"]}
             for turn in turns
         ]
     asked, answered = _SHAPES[shape]
     if isinstance(row[asked], list) and isinstance(row[answered], list):
-        return [dict(turn) for turn in row[asked] + row[answered]]
+        return _conversation({"messages": row[asked] + row[answered]}, "messages", place)
     question = _text(row, asked, place)
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         question += "\n\n" + _text(row, "input", place)
     return [
         {"role": "user", "content": question},
@@ -199,6 +233,7 @@ def to_messages(
     place: str = "the row",  # where it stands, for the message
 ) -> list[dict]:  # messages with `role` and `content`; raises `DataError`
     "Turn a row into a conversation, and check it."
+    _refuse_non_object(row, place)
     if missing := [column for column in _SHAPES[shape] if column not in row]:
         raise DataError(
             f"{place}: the field `{missing[0]}` is missing.",
@@ -206,7 +241,13 @@ def to_messages(
             f"The first row has the shape {shape}; all rows need it.",
         )
     messages = _conversation(row, shape, place)
-    if row.get("system"):
+    if row.get("system") not in (None, ""):
+        if messages and messages[0].get("role") == "system":
+            raise DataError(
+                f"{place} has a system prompt twice.",
+                "a column `system` and a system message",
+                "Keep one.",
+            )
         messages.insert(0, {"role": "system", "content": _text(row, "system", place)})
     for number, message in enumerate(messages, 1):
         where, role = f"{place}, message {number}", message.get("role")
@@ -217,7 +258,7 @@ def to_messages(
                 f"Use one of: {', '.join(_KNOWN_ROLES)}.",
             )
         if not message.get("tool_calls"):
-            _text(message, "content", where, empty=role != "assistant")
+            _text(message, "content", where, empty=role not in ("user", "assistant"))
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{place} has no assistant message, so there is nothing to learn from it.",
@@ -228,9 +269,11 @@ def to_messages(
 
 # %% ../../nbs/30_data.source.ipynb #11ed6cdb
 def _prompt(messages):
-    "What is asked: everything before the first answer."
-    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return json.dumps(messages[:first], sort_keys=True)
+    "What is asked: everything before the first answer to a user; else the whole."
+    roles = [message["role"] for message in messages]
+    user = roles.index("user") if "user" in roles else len(roles)
+    end = roles.index("assistant", user) if "assistant" in roles[user:] else len(roles)
+    return json.dumps(messages[:end], sort_keys=True)
 
 
 def split_by_prompt(
@@ -280,10 +323,7 @@ def _read_conversations(source):
 def _is_hub_id(source):
     "`owner/name` that is no path here."
     return (
-        source != "builtin"
-        and source.count("/") == 1
-        and not Path(source).suffix
-        and not Path(source).exists()
+        source.count("/") == 1 and Path(source).suffix not in _READERS and not Path(source).exists()
     )
 
 

@@ -124,6 +124,19 @@ def _score_json(references, answers):
     )
 
 # %% ../../nbs/51_infer.evaluate.ipynb #f05d6661
+def _last_answer(messages, number):
+    "Where the last answer in words to a user or a tool stands."
+    for i in range(len(messages) - 1, 0, -1):
+        answer, asked = messages[i], messages[i - 1]["role"]
+        if answer["role"] == "assistant" and asked in ("user", "tool") and answer.get("content"):
+            return i
+    raise DataError(
+        f"Conversation {number} has no answer that could be compared.",
+        f"roles: {[m['role'] for m in messages]}",
+        "Leave it out of the split; an answer in words must follow a message of a user or a tool.",
+    )
+
+
 def evaluate(
     model,  # base model or adapter
     tokenizer,  # with a chat template
@@ -139,10 +152,7 @@ def evaluate(
             "Give `data.split` a third part above 0.",
         )
     conversations = list(split["messages"])
-    last = [
-        max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        for messages in conversations
-    ]
+    last = [_last_answer(messages, number) for number, messages in enumerate(conversations, 1)]
     prompts = [messages[:i] for messages, i in zip(conversations, last)]
     references = [messages[i]["content"] for messages, i in zip(conversations, last)]
     if max_new_tokens is None:

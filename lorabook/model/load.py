@@ -8,8 +8,10 @@ __all__ = ['load_failed', 'choose_pad_token', 'setup_tokenizer', 'setup_model']
 # %% ../../nbs/20_model.load.ipynb #3d5c6023
 import logging
 import os
+import warnings
 
 import torch
+from huggingface_hub import is_offline_mode
 
 from ..config import ModelSettings, builtin_path
 from ..errors import ModelError
@@ -58,6 +60,8 @@ def load_failed(
     while link is not None and len(chain) < 20:
         chain, link = chain + [type(link).__name__], link.__cause__ or link.__context__
     first = (str(error).splitlines() or [""])[0]
+    if "LocalEntryNotFoundError" in chain and is_offline_mode():
+        chain = ["OfflineModeIsEnabled"]
     for reason, (what, todo) in _REASONS.items():
         if reason in chain:
             return ModelError(
@@ -161,6 +165,26 @@ def _check_vocabulary(config, tokenizer, name):
         )
 
 
+def _check_weights(info, name):
+    "Refuse a model with layers that were not in the file; transformers makes them random."
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"The weights of {name!r} are not complete.",
+            f"{len(missing)} missing, such as {missing[0]}",
+            "Use the config that belongs to them, or download the model again.",
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        what = f"{len(unused)} weights that its architecture doesn't use, such as {unused[0]}"
+        warnings.warn(f"{name!r} has {what}.", stacklevel=3)
+
+
+def _keep_gradients(model):
+    "On a CPU, keep bitsandbytes from repacking 4-bit weights for inference."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _dtype(cfg, hardware):
     "The compute dtype: as set, or as the hardware suggests."
     return compute_dtype(hardware) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -193,9 +217,12 @@ def setup_model(
     options["device_map"] = {"": "cpu"} if on_cpu else cfg.device_map
     if kind != "none":
         options["quantization_config"] = _quantization_config(kind, dtype)
+    options |= dict(use_safetensors=True, output_loading_info=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:
         raise load_failed(name, error) from error
+    _check_weights(info, name)
+    _keep_gradients(model)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
