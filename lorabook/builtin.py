@@ -313,8 +313,8 @@ def pad_rows(
     rows: list[tuple],  # (ids, labels)
     pad_token_id: int,  # fills the ids; labels are filled with -100
 ) -> dict:  # `input_ids`, `labels`: [rows, longest] int64
-    "Stack rows of different length."
-    longest = max(len(ids) for ids, _ in rows)
+    "Stack rows of different length; few shapes, since a CPU prepares its kernels anew for each."
+    longest = -(-max(len(ids) for ids, _ in rows) // 32) * 32
     fill = lambda row, value: row + [value] * (longest - len(row))
     return dict(
         input_ids=torch.tensor([fill(ids, pad_token_id) for ids, _ in rows]),

@@ -431,7 +431,11 @@ class RunConfig:
         path: str | Path | None = None,  # where to write it; None: only return it
     ) -> str:  # YAML that `from_yaml` reads back to an equal config
         "Write the config."
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        values = self.to_dict()
+        dump = functools.partial(yaml.safe_dump, values, sort_keys=False, width=120)
+        text = dump(allow_unicode=True)
+        if yaml.load(text, _Loader) != values:
+            text = dump(allow_unicode=False)  # rare separators
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

@@ -114,9 +114,10 @@ def test_own_conversations(tmp_path):
         (["a.yaml", "b.yaml"], ["More than one config file", "a.yaml, b.yaml", "Give one"]),
         (["output_dir=/dev/null/x"], ["`output_dir`", "/dev/null/x", "Give a folder"]),
         (["data.train_file=nowhere.jsonl"], ["'nowhere.jsonl'", "looked in", "`data.train_file`"]),
-        (["--resume", "nowhere"], ["nowhere", "checkpoint"]),
+        (["--resume-from", "nowhere"], ["nowhere", "checkpoint"]),
+        (["--resume"], ["no checkpoint", "outputs"]),
     ],
-    ids=["key", "no file", "two files", "output folder", "data", "checkpoint"],
+    ids=["key", "no file", "two files", "output folder", "data", "checkpoint", "no checkpoint"],
 )
 def test_error_at_the_command_line(arguments, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

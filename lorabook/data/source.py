@@ -66,6 +66,17 @@ def _read_json(path):
     yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def _rows_of(reader, path):
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(
+            f"{path.name}, line {reader.line_num} is not valid CSV.",
+            error,
+            "Check that every quotation mark is closed.",
+        ) from None
+
+
 def _read_csv(path):
     with path.open(encoding="utf-8-sig", newline="") as lines:
         csv.field_size_limit(2**31 - 1)
@@ -73,9 +84,11 @@ def _read_csv(path):
         columns = list(reader.fieldnames or [])
         if twice := [name for name in columns if columns.count(name) > 1]:
             raise DataError(
-                f"{path.name} has two columns with one name.", twice[0], "Rename one of them."
+                f"{path.name} has two columns with one name.",
+                f"`{twice[0]}`",
+                "Rename one of them.",
             )
-        for row in reader:
+        for row in _rows_of(reader, path):
             place = f"{path.name}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise DataError(
@@ -87,7 +100,12 @@ def _read_csv(path):
 
 
 def _read_parquet(path):
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path.name} is damaged, or no Parquet file.", error, "Write the file again."
+        ) from None
     yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -101,6 +119,7 @@ _READERS = {
 
 def read_rows(
     source: str,  # `builtin`, or a path that ends in .jsonl, .json, .csv or .parquet
+    key: str = "train_file",  # the setting that named it, for the message
 ) -> Iterator[tuple[str, dict]]:  # (place, row); raises `DataError`
     "Read a data file row by row."
     path = Path(builtin_path("data") if source == "builtin" else source)
@@ -108,7 +127,7 @@ def read_rows(
         raise DataError(
             f"The data file {source!r} doesn't exist.",
             f"looked in {path.parent.resolve()}",
-            "Check the file name in `data`; a hub dataset is written `owner/name`.",
+            f"Check `data.{key}`; a hub dataset is written `owner/name`.",
         )
     if path.suffix not in _READERS:
         raise DataError(
@@ -118,15 +137,15 @@ def read_rows(
         )
     try:
         yield from _READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
+        try:
+            path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as whole:
+            error = whole  # counted from the start of the file
         raise DataError(
-            f"{path.name} is not UTF-8 text.", error.reason, "Save it again as UTF-8."
-        ) from None
-    except (csv.Error, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{path.name} is damaged, or not what its name says.",
-            f"{error}",
-            "Check that quotation marks are closed, and write the file again.",
+            f"{path.name} is not UTF-8 text.",
+            f"byte {error.start}: {error.reason}",
+            "Save it again as UTF-8.",
         ) from None
 
 # %% ../../nbs/30_data.source.ipynb #36b1ccf4
@@ -197,18 +216,24 @@ def _text(row, field, place, empty=False):
     )
 
 
+def _turns(row, field, place):
+    "A field that must be a list of messages."
+    turns = row[field]
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return [dict(turn) for turn in turns]
+    raise DataError(
+        f"{place}: `{field}` is not a list of objects.",
+        f"{turns!r:.60}",
+        "Write one object for each message.",
+    )
+
+
 def _conversation(row, shape, place):
     "The messages of a row, not yet checked."
     if shape in ("messages", "ShareGPT"):
-        turns = row[_SHAPES[shape][0]]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise DataError(
-                f"{place}: `{_SHAPES[shape][0]}` is not a list of objects.",
-                f"{turns!r:.60}",
-                "Write one object for each message.",
-            )
+        turns = _turns(row, _SHAPES[shape][0], place)
         if shape == "messages":
-            return [dict(turn) for turn in turns]
+            return turns
         for number, turn in enumerate(turns, 1):
             _text(turn, "value", f"{place}, message {number}")
         return [
@@ -217,7 +242,7 @@ def _conversation(row, shape, place):
         ]
     asked, answered = _SHAPES[shape]
     if isinstance(row[asked], list) and isinstance(row[answered], list):
-        return _conversation({"messages": row[asked] + row[answered]}, "messages", place)
+        return _turns(row, asked, place) + _turns(row, answered, place)
     question = _text(row, asked, place)
     if row.get("input") not in (None, ""):
         question += "\n\n" + _text(row, "input", place)
@@ -297,14 +322,10 @@ def split_by_prompt(
     return splits
 
 # %% ../../nbs/30_data.source.ipynb #45c768c9
-def _read_conversations(source):
+def _read_conversations(source, key="train_file"):
     "All conversations of a source, without exact repeats; (conversations, shape, repeats)."
-    rows, shape, seen, repeats = (
-        _read_hub(source) if _is_hub_id(source) else read_rows(source),
-        None,
-        {},
-        0,
-    )
+    rows = _read_hub(source) if _is_hub_id(source) else read_rows(source, key)
+    shape, seen, repeats = None, {}, 0
     for place, row in tqdm(rows, desc=f"read {source}", unit=" rows", delay=1, leave=False):
         shape = shape or recognise(row, place)
         messages = to_messages(row, shape, place)
@@ -356,7 +377,7 @@ def load_and_prepare_data(
     splits = dict(zip(("train", "validation", "test"), split_by_prompt(conversations, parts, seed)))
     for name, source in given.items():
         if source:
-            splits[name] = _read_conversations(source)[0]
+            splits[name] = _read_conversations(source, f"{name}_file")[0]
     _refuse_overlap(splits, cfg)
     print(
         f"{train_file}: {shape}, {len(conversations) + repeats} rows, {repeats} repeats left out; "
