@@ -14,7 +14,7 @@ test: .venv/.dev  ## everything that CI checks
 	@echo "== tests"; $(BIN)/pytest -q tests
 
 lab: .venv/.dev  ## JupyterLab on the guides
-	$(BIN)/jupyter lab --notebook-dir nbs guides/01_quickstart.ipynb
+	$(BIN)/jupyter lab nbs/guides/01_quickstart.ipynb
 
 docs: .venv/.dev  ## the docs site, into _docs
 	$(BIN)/python docs/build.py
