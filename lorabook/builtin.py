@@ -152,11 +152,10 @@ def write_message(
 
 # %% ../nbs/98_builtin.ipynb #22fcb386
 def intake_note(
-    facts: dict,  # `INTAKE` and the degree
-) -> str:  # JSON with the keys of `INTAKE` and `visit`
+    facts: dict,  # `INTAKE` and the degree, from `sample_facts`
+) -> str:  # JSON with these keys, in this order
     "The note that a message with these facts should lead to."
-    visit = VISITS[DEGREES.index(facts["degree"])]
-    return json.dumps({key: facts[key] for key in INTAKE} | {"visit": visit})
+    return json.dumps({key: facts[key] for key in [*INTAKE, "degree"]})
 
 
 def make_records(
