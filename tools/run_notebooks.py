@@ -8,6 +8,7 @@ Cells with the flags of `tst_flags` in settings.ini are left out and keep their 
 
 import os
 import re
+import subprocess
 import sys
 import time
 from configparser import ConfigParser
@@ -72,7 +73,7 @@ def main(paths):
         start = time.monotonic()
         run(path.resolve(), flags)
         print(f"{time.monotonic() - start:5.0f} s  {path.name}", flush=True)
-    os.system(f"cd {ROOT} && nbdev_clean")
+    subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
