@@ -3,6 +3,9 @@
 __version__ = "0.1.0"
 
 import importlib
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns in every layer
 
 _HOME = {  # public name -> the module that defines it; loaded on first use
     "RunConfig": "config",

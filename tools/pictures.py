@@ -12,9 +12,13 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = {"tokens": ("show_tokens(", "900,420"), "result": ("result\n", "1000,1250")}
-STYLE = """body{font:14px system-ui,sans-serif;margin:20px;background:#fff;color:#1f2328}
-table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #d0d7de;padding:4px 9px}h4{margin:1em 0 .3em}"""
+PICTURES = {"tokens": ("show_tokens(", "900,215"), "result": ("result\n", "1000,1460")}
+STYLE = """
+body { font: 14px system-ui, sans-serif; margin: 20px; background: #fff; color: #1f2328 }
+table { border-collapse: collapse; margin: .5em 0 }
+td, th { border: 1px solid #d0d7de; padding: 4px 9px }
+h4 { margin: 1em 0 .3em }
+"""
 
 
 def html_of(notebook, start):

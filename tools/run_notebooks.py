@@ -33,13 +33,9 @@ class FlaggedClient(NotebookClient):
 
 
 def tidy(output):
-    """An output as it should be saved, or None: no progress bars, no widgets without state."""
-    if output.output_type == "stream":
-        lines = [line.split("\r")[-1] for line in output.text.split("\n")]
-        bar = re.compile(r"\d+%\||\d+it \[|it/s\]|s/it\]|examples/s")
-        kept = [line for line in lines if not bar.search(line)]
-        output.text = "\n".join(kept).replace(str(ROOT), "lorabook").replace(str(Path.home()), "~")
-        return output if output.text.strip() else None
+    """An output as it should be saved, or None: no stderr, no widgets without state."""
+    if output.get("name") == "stderr":  # progress bars, and warnings that name folders
+        return None
     if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
         return None
     return output

@@ -6,7 +6,6 @@
 __all__ = ['load_failed', 'choose_pad_token', 'setup_tokenizer', 'setup_model']
 
 # %% ../../nbs/20_model.load.ipynb #3d5c6023
-import logging
 import os
 import warnings
 
@@ -141,9 +140,6 @@ def _quantization_config(kind, dtype):
     "What bitsandbytes is told."
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on a CPU it warns at every layer of every step
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -68,7 +68,7 @@ class HistoryCallback(TrainerCallback):
                 (steps[best], values[best]),
                 xytext=(0, 14),
                 textcoords="offset points",
-                ha="center",
+                ha="right",
                 fontsize=8,
             )
         axes.set(xlabel="step", ylabel="loss, nats per trained token", yscale="log")
