@@ -323,12 +323,14 @@ def split_by_prompt(
 
 # %% ../../nbs/30_data.source.ipynb #45c768c9
 def _read_conversations(source, key="train_file"):
-    "All conversations of a source, without exact repeats; (conversations, shape, repeats)."
+    "All conversations of a source, without exact repeats; prints what was found."
     rows = _read_hub(source) if _is_hub_id(source) else read_rows(source, key)
-    shape, seen, repeats = None, {}, 0
+    shape, seen, repeats, unused = None, {}, 0, {}
     for place, row in tqdm(rows, desc=f"read {source}", unit=" rows", delay=1, leave=False):
         shape = shape or recognise(row, place)
         messages = to_messages(row, shape, place)
+        used = (*_SHAPES[shape], "input", "system")
+        unused |= {column: True for column, value in row.items() if value and column not in used}
         key = json.dumps(messages, sort_keys=True)
         repeats += key in seen
         seen.setdefault(key, messages)
@@ -338,7 +340,9 @@ def _read_conversations(source, key="train_file"):
             "an empty file",
             "Give a file with at least one conversation.",
         )
-    return list(seen.values()), shape, repeats
+    notes = f"; columns not used: {', '.join(unused)}" if unused else ""
+    print(f"{source}: {shape}, {len(seen) + repeats} rows, {repeats} repeats left out{notes}")
+    return list(seen.values())
 
 
 def _is_hub_id(source):
@@ -368,7 +372,7 @@ def load_and_prepare_data(
 ) -> DatasetDict:  # train, validation, test, each with a column `messages`; raises `DataError`
     "Read, check, deduplicate and split; prints what was found."
     cfg = cfg or DataSettings()
-    conversations, shape, repeats = _read_conversations(train_file)
+    conversations = _read_conversations(train_file)
     given = {"validation": cfg.validation_file, "test": cfg.test_file}
     parts = [
         part if not given.get(name) else 0
@@ -377,12 +381,9 @@ def load_and_prepare_data(
     splits = dict(zip(("train", "validation", "test"), split_by_prompt(conversations, parts, seed)))
     for name, source in given.items():
         if source:
-            splits[name] = _read_conversations(source, f"{name}_file")[0]
+            splits[name] = _read_conversations(source, f"{name}_file")
     _refuse_overlap(splits, cfg)
-    print(
-        f"{train_file}: {shape}, {len(conversations) + repeats} rows, {repeats} repeats left out; "
-        + " / ".join(f"{name} {len(rows)}" for name, rows in splits.items())
-    )
+    print("split: " + " / ".join(f"{name} {len(rows)}" for name, rows in splits.items()))
     for rows in splits.values():
         for messages in rows:
             if cfg.system_prompt and messages[0]["role"] != "system":

@@ -200,13 +200,13 @@ def setup_model(
     set_seed(seed)
     cfg, hardware = cfg or ModelSettings(), hardware or detect_hardware()
     kind, dtype = choose_quantization(cfg.quantization, hardware), _dtype(cfg, hardware)
-    tokenizer = setup_tokenizer(name, cfg)
     path = builtin_path("model") if name == "builtin" else name
     shared = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(path, **shared)
     except Exception as error:
         raise load_failed(name, error) from error
+    tokenizer = setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
     options = dict(dtype=dtype, attn_implementation=cfg.attn_implementation, **shared)
     on_cpu = hardware.device == "cpu" and cfg.device_map == "auto"
