@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test lab docs notebooks readme clean
 
 run: .venv/.run  ## fine-tune the built-in model on the built-in data
-	$(BIN)/lorabook run
+	$(BIN)/lorabook run $(ARGS)
 
 test: .venv/.dev  ## everything that CI checks
 	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools
@@ -30,7 +30,7 @@ clean:
 
 .venv/.run: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	@echo "== setting up .venv (once; the libraries are about 1 GB)"
+	@echo "== setting up .venv (once; the libraries are about 2 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@

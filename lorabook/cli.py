@@ -52,7 +52,7 @@ def _read_config(words):
 
 def main(
     argv: list[str] | None = None,  # None: those of the process
-) -> int:  # 0, or 2 after an error of ours; argparse exits with 2 by itself
+) -> int:  # 0; 2 after an error of ours; 130 after an interrupt
     "The `lorabook` command."
     arguments = _parser().parse_args(argv)
     try:
@@ -66,4 +66,9 @@ def main(
     except LorabookError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; `lorabook run --resume` goes on from the latest checkpoint", file=sys.stderr
+        )
+        return 130
     return 0

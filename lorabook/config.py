@@ -29,12 +29,18 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError
 
 # %% ../nbs/01_config.ipynb #7542b55a
+_ALSO_CALLED = {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_ALSO_CALLED |= {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_steps"}
+
+
 def nearest(
     word: str,  # what was written
     words,  # what could have been meant
 ) -> str:  # a hint that ends a sentence, perhaps empty
     "The likeliest of `words`, as a question."
-    close = difflib.get_close_matches(str(word), list(map(str, words)), n=1, cutoff=0.5)
+    words = list(map(str, words))
+    close = [_ALSO_CALLED[word]] if _ALSO_CALLED.get(word) in words else []
+    close = close or difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
@@ -47,13 +53,11 @@ def _faults(error, section, cls):
         if isinstance(own, ConfigError):
             faults.append(own)
         elif e["type"] in ("unexpected_keyword_argument", "no_such_attribute"):
-            faults.append(
-                ConfigError(
-                    f"Unknown key `{key}`.",
-                    f"{name}: {e['input']!r}",
-                    f"Use one of: {', '.join(fields)}.{nearest(name, fields)}",
-                )
-            )
+            homes = () if section else SECTIONS.items()
+            inside = [f"{home}.{name}" for home, kind in homes if name in kind.__dataclass_fields__]
+            hint = f" Did you mean `{inside[0]}`?" if inside else nearest(name, fields)
+            todo = f"Use one of: {', '.join(fields)}.{hint}"
+            faults.append(ConfigError(f"Unknown key `{key}`.", f"{name}: {e['input']!r}", todo))
         else:
             wrong.setdefault((key, repr(e["input"]), type(e["input"]).__name__), []).append(
                 e["msg"]
@@ -77,10 +81,12 @@ def _as_config_error(method, section):
         try:
             method(self, *args, **kwargs)
         except ValidationError as error:
-            faults = _faults(error, section, type(self))
+            faults, errors = _faults(error, section, type(self)), error.errors()
         else:
             return
-        if section == "training":
+        if section == "training" and all(
+            e["loc"] for e in errors
+        ):  # else it has judged them itself
             faults += _passed_through_faults(kwargs)
         raise ConfigError("\n".join(map(str, faults)))
 

@@ -73,6 +73,11 @@ class RunResult:
         lines = [f"{'':<16}{'base':>10}{'adapter':>10}"] + [
             f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()
         ]
+        if self.after:
+            prompt, reference, answer = self.after.answers[0]
+            example = (prompt[-1]["content"], self.before.answers[0][2], answer, reference)
+            names = ("prompt", "base", "adapter", "reference")
+            lines += ["", *(f"{name:<10} {text}" for name, text in zip(names, example)), ""]
         return "\n".join(
             [
                 *(lines if self.after else []),
@@ -151,7 +156,7 @@ class _Phases:
 
 
 def _prepare_output(cfg, resume):
-    "Make the output folder; keep an unfinished run, clear the checkpoints of a finished one."
+    "Make the output folder, and refuse to mix two runs in it."
     folder, finished = Path(cfg.output_dir), Path(cfg.output_dir, "metrics.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +172,9 @@ def _prepare_output(cfg, resume):
             raise TrainingError(
                 "The output folder holds an unfinished run.",
                 f"{folder}: {checkpoints[-1].name}",
-                "Resume it (`--resume`), give another `output_dir`, or delete it.",
+                "Resume it (`lorabook run --resume`, or `resume_from_checkpoint=True`), "
+                "give another `output_dir`, or delete its checkpoints.",
             )
-        finished.unlink(missing_ok=True)
-        if checkpoints and not resume:
-            print(f"{folder} holds a finished run: its {len(checkpoints)} checkpoints are removed")
-            for checkpoint in checkpoints:
-                shutil.rmtree(checkpoint)
     except OSError as error:
         raise ConfigError(
             "`output_dir` can't be written to.",
@@ -182,6 +183,18 @@ def _prepare_output(cfg, resume):
         ) from error
 
 # %% ../nbs/80_run.ipynb #17ad917b
+def _begin_output(cfg, resume):
+    "Write the config; clear what an earlier, finished run left, now that this one can train."
+    folder = Path(cfg.output_dir)
+    checkpoints = [] if resume else sorted(folder.glob("checkpoint-*"))
+    if checkpoints:
+        print(f"{folder} holds a finished run, which this one replaces")
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    Path(folder, "metrics.json").unlink(missing_ok=True)
+    cfg.to_yaml(folder / "run.yaml")
+
+
 def run_training(
     cfg: RunConfig | None = None,  # None: the built-in run
     resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the latest
@@ -191,7 +204,6 @@ def run_training(
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
     _prepare_output(cfg, resume_from_checkpoint)
-    cfg.to_yaml(Path(cfg.output_dir, "run.yaml"))
     phase = _Phases(7)
 
     with phase("data"):
@@ -208,6 +220,7 @@ def run_training(
         before = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
         print_gpu_memory_usage()
     with phase("train"):
+        _begin_output(cfg, resume_from_checkpoint)
         trainer = create_trainer(
             model,
             tokenizer,

@@ -42,7 +42,7 @@ def _read_jsonl(path):
             try:
                 yield f"{path.name}, line {number}", _load_json(line.strip())
             except json.JSONDecodeError as error:
-                found = f"{error.msg} at column {error.colno}: {line.strip():.60}"
+                found = f"{error.msg}, column {error.colno}: {line.strip():.60}"
                 raise DataError(
                     f"{path.name}, line {number} is not valid JSON.",
                     found,
