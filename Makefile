@@ -2,16 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab docs notebooks readme clean
+.PHONY: run test bench lab docs notebooks readme clean
 
 run: .venv/.run  ## fine-tune the built-in model on the built-in data
 	$(BIN)/lorabook run $(ARGS)
 
 test: .venv/.dev  ## everything that CI checks
-	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools
+	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools benchmarks
 	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	@echo "== docs"; $(BIN)/python docs/build.py
 	@echo "== tests"; $(BIN)/pytest -q tests
+
+bench: .venv/.bench  ## set up what the benchmarks compare with; benchmarks/LOG.md says how to run each
 
 lab: .venv/.dev  ## JupyterLab on the guides
 	$(BIN)/jupyter lab nbs/guides/01_quickstart.ipynb
@@ -38,4 +40,8 @@ clean:
 .venv/.dev: .venv/.run
 	@echo "== adding the development tools to .venv (once)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/.bench: .venv/.dev benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r benchmarks/requirements.txt
 	@touch $@

@@ -81,7 +81,7 @@ def show_doc(obj, name=None):
         described = next((getattr(obj, n) for n in ("__init__", "__new__") if n in vars(obj)), None)
     beside, hints = comments(described), typing.get_type_hints(described) if described else {}
     arguments, rows = [], []
-    for p in inspect.signature(obj).parameters.values():
+    for p in inspect.signature(obj).parameters.values() if described else ():
         plain, default = str(p.replace(annotation=p.empty, default=p.empty)), show_default(obj, p)
         arguments.append(f"{plain}={default}" if default else plain)
         kind = show_type(hints[p.name]) if p.name in hints else ""

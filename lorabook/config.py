@@ -159,12 +159,24 @@ class DataSettings:
         default_factory=lambda: [9, 1, 1]
     )  # train : validation : test
     system_prompt: str | None = None  # put before conversations that have none
-    over_length: Literal["drop", "error"] = (
-        "drop"  # rows longer than `model.max_length`; dropped rows are counted
+    over_length: Literal["drop", "shorten", "error"] = (
+        "drop"  # of rows longer than `model.max_length`; shorten: keep whole turns from the start
+    )
+    packing: bool = (
+        False  # several conversations in one row of `model.max_length` tokens; faster, same loss
+    )
+    train_on: Literal["all", "last"] = (
+        "all"  # all: every assistant turn is trained; last: only the last one of a conversation
     )
 
     @model_validator(mode="after")
     def _check_split(self):
+        if self.train_on == "last" and self.over_length == "shorten":
+            raise ConfigError(
+                "`data.over_length: shorten` and `data.train_on: last` exclude each other.",
+                "both",
+                "A shortened row ends with another answer, which would be trained; drop such rows.",
+            )
         if len(self.split) == 3 and self.split[0] > 0:
             return self
         raise ConfigError(
@@ -248,8 +260,12 @@ def _passed_through_faults(values):
 class TrainingSettings:
     "The optimisation."
 
-    batch_size: Positive = 4  # rows in a micro-batch, per device
-    gradient_accumulation_steps: Positive = 8  # micro-batches in an optimizer step
+    batch_size: Positive | Auto = (
+        4  # rows in a micro-batch, per device; auto: as many as fit of those in an optimizer step
+    )
+    gradient_accumulation_steps: Positive = (
+        8  # micro-batches in an optimizer step; rows in it, where `batch_size` is auto
+    )
     learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"  # peak; auto: by the model's width
     max_steps: Annotated[int, Field(ge=-1)] = (
         100  # optimizer steps; -1: decided by `num_train_epochs`
@@ -279,8 +295,8 @@ class TrainingSettings:
     early_stopping_patience: Positive | None = (
         3  # evaluations without improvement before stopping; None: never stop early
     )
-    gradient_checkpointing: bool | Auto = (
-        "auto"  # recompute activations to save memory; auto: on a GPU
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Auto = (
+        "auto"  # recompute activations to save memory, of all layers or a share; auto: if needed
     )
     report_to: str | list[str] = "none"  # trackers, as in transformers: tensorboard, wandb, trackio
 

@@ -18,14 +18,16 @@ from datasets import DatasetDict
 
 from .config import RunConfig, library_versions
 from .data.batch import prepare_datasets
+from .data.pack import pack
 from .data.source import load_and_prepare_data
 from .errors import ConfigError, TrainingError
 from .export.save import save_model
+from .fit import fit
 from .infer.evaluate import Scores, evaluate, show_score
-from .memory import MemoryLog, print_gpu_memory_usage
+from .memory import MemoryLog, print_gpu_memory_usage, table_html
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model
-from .train.callbacks import HistoryCallback
+from .train.callbacks import HistoryCallback, MemoryCallback
 from .train.trainer import check_training_arguments, create_trainer, get_history
 
 # %% ../nbs/80_run.ipynb #00641cca
@@ -90,21 +92,13 @@ class RunResult:
         return _result_page(self)
 
 # %% ../nbs/80_run.ipynb #5850346c
-def _table(head, rows, align="left"):
-    "An HTML table; all cells are escaped."
-    style = f"text-align:{align};vertical-align:top;white-space:pre-wrap"
-    cell = lambda value, tag: f'<{tag} style="{style}">{escape(str(value))}</{tag}>'
-    row = lambda cells, tag: f"<tr>{''.join(cell(value, tag) for value in cells)}</tr>"
-    return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in rows)}</table>"
-
-
 def _result_page(result, examples=3):
     "A `RunResult` as HTML."
     parts = []
     if result.after:
         parts += [
             f"<h4>Before and after, on {result.after.rows} unseen conversations</h4>",
-            _table(("", "base", "adapter"), result._score_rows(), "right"),
+            table_html(("", "base", "adapter"), result._score_rows(), "right"),
         ]
         rows = [
             (prompt[-1]["content"], base, answer, reference)
@@ -114,26 +108,14 @@ def _result_page(result, examples=3):
         ]
         parts += [
             "<h4>The same prompts</h4>",
-            _table(("prompt", "base", "adapter", "reference"), rows),
+            table_html(("prompt", "base", "adapter", "reference"), rows),
         ]
     parts += [
         "<h4>Training</h4>",
         result.history._repr_html_() if result.history.rows else "",
         f"<p>{escape(str(result.trainable))}</p>",
         "<h4>Memory and time</h4>",
-        _table(
-            ("phase", "device", "in use, GB", "peak, GB", "seconds"),
-            [
-                (
-                    r["phase"],
-                    r["name"],
-                    f"{r['allocated'] / 1e9:.2f}",
-                    f"{r['peak'] / 1e9:.2f}",
-                    f"{result.seconds.get(r['phase'], 0):.0f}",
-                )
-                for r in result.memory.rows
-            ],
-        ),
+        result.memory._repr_html_(),
         f"<h4>Where it is</h4><p>adapter: <code>{escape(str(result.adapter_dir))}</code><br>",
         f"config: <code>{escape(str(result.adapter_dir / 'run.yaml'))}</code></p>",
     ]
@@ -147,12 +129,14 @@ class _Phases:
         self.count, self.memory, self.seconds = count, MemoryLog(), {}
 
     @contextmanager
-    def __call__(self, name):
+    def __call__(self, name, last=None):
+        "A phase; `last` is what its end is called in the memory log, where that is not its name."
         print(f"\n[{len(self.seconds) + 1}/{self.count}] {name}", flush=True)
         start = time.monotonic()
-        yield
+        with self.memory:
+            yield
+            self.memory.mark(last or name)
         self.seconds[name] = time.monotonic() - start
-        self.memory.mark(name)
 
 
 def _prepare_output(cfg, resume):
@@ -195,6 +179,49 @@ def _begin_output(cfg, resume):
     cfg.to_yaml(folder / "run.yaml")
 
 
+def _pack(data, cfg):
+    "Pack all splits, and print what a step holds now."
+    packed = {name: pack(rows, cfg.model.max_length, name) for name, rows in data.items()}
+    rows = cfg.training.batch_size * cfg.training.gradient_accumulation_steps
+    total = len(data["train"])
+    held = rows * total / len(packed["train"])
+    print(f"An optimizer step holds {rows} rows: about {held:.0f} of {total} conversations.")
+    return packed
+
+
+def _tokenize(raw, tokenizer, cfg):
+    "The rows of the splits that training sees."
+    seen = DatasetDict({name: raw[name] for name in ("train", "validation")})
+    data = prepare_datasets(seen, tokenizer, cfg.data, cfg.model.max_length)
+    return _pack(data, cfg) if cfg.data.packing else data
+
+
+def _test(model, tokenizer, raw):
+    "The scores on the test split, if there is one."
+    return evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
+
+
+def _write_metrics(result):
+    "The file that says a run has finished, with its figures."
+    text = json.dumps(result.to_dict(), indent=2)
+    Path(result.config.output_dir, "metrics.json").write_text(text, encoding="utf-8")
+
+
+def _create_trainer(model, tokenizer, data, cfg, callbacks):
+    "The trainer of a run."
+    settings = cfg.output_dir, cfg.training, cfg.seed, callbacks
+    return create_trainer(model, tokenizer, data["train"], data["validation"], *settings)
+
+
+def _decide(cfg):
+    "The config with the size of a micro-batch decided, and what goes with it."
+    if cfg.training.batch_size != "auto":
+        return cfg
+    found = fit(cfg)
+    print(found)
+    return found.cfg
+
+
 def run_training(
     cfg: RunConfig | None = None,  # None: the built-in run
     resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the latest
@@ -203,52 +230,37 @@ def run_training(
     "Fine-tune, evaluate before and after, and save."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
+    cfg = _decide(cfg)
     _prepare_output(cfg, resume_from_checkpoint)
     phase = _Phases(7)
 
     with phase("data"):
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
-    with phase("model"):
+    with phase("model", "adapted"):
         model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
+        phase.memory.mark("loaded")
         model = setup_lora(model, cfg.lora)
         trainable = trainable_report(model)
         print(trainable)
     with phase("tokens"):
-        seen = DatasetDict({name: raw[name] for name in ("train", "validation")})
-        data = prepare_datasets(seen, tokenizer, cfg.data, cfg.model.max_length)
-    with phase("before"):
-        before = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
+        data = _tokenize(raw, tokenizer, cfg)
+    with phase("before", "test before"):
+        before = _test(model, tokenizer, raw)
         print_gpu_memory_usage()
-    with phase("train"):
+    with phase("train", "training"):
         _begin_output(cfg, resume_from_checkpoint)
-        trainer = create_trainer(
-            model,
-            tokenizer,
-            data["train"],
-            data["validation"],
-            cfg.output_dir,
-            cfg.training,
-            cfg.seed,
-            callbacks,
-        )
+        callbacks = [MemoryCallback(phase.memory), *(callbacks or [])]
+        trainer = _create_trainer(model, tokenizer, data, cfg, callbacks)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    with phase("after"):
-        after = evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
-    with phase("save"):
+        history = get_history(trainer)
+    with phase("after", "test after"):
+        after = _test(model, tokenizer, raw)
+    with phase("save", "saved"):
         adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
 
     result = RunResult(
-        adapter_dir,
-        before,
-        after,
-        get_history(trainer),
-        phase.memory,
-        trainable,
-        phase.seconds,
-        cfg,
+        adapter_dir, before, after, history, phase.memory, trainable, phase.seconds, cfg
     )
-    Path(cfg.output_dir, "metrics.json").write_text(
-        json.dumps(result.to_dict(), indent=2), encoding="utf-8"
-    )
+    _write_metrics(result)
     print(f"\n{result}")
     return result

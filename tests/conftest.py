@@ -10,9 +10,20 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="lorabook-tests-")
-os.environ["HF_DATASETS_CACHE"] = os.environ["HF_MODULES_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE.name, "datasets")
+os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHE.name, "modules")  # goes onto the module path
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same examples in every run: what fails, fails for everyone, and a slow machine is no failure.
+settings.register_profile(
+    "lorabook",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("lorabook")
 
 ROOT = Path(__file__).parent.parent
 

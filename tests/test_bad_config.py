@@ -297,7 +297,6 @@ values = st.fixed_dictionaries(
 
 
 @given(values)
-@settings(deadline=None)
 def test_yaml_round_trip(tmp_path_factory, values):
     cfg = RunConfig.from_dict(values)
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

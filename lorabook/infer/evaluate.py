@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ..data.batch import PadCollator
-from ..data.chat import encode_chat
+from ..data.chat import encode_chats
+from ..data.template import text_of
 from ..errors import DataError
 from .generate import generate
 
@@ -25,9 +26,10 @@ def held_out_loss(
     tokenizer,  # with a chat template
     conversations: list[list[dict]],  # lists of messages
     batch_size: int = 8,  # rows computed together
+    tools: list | None = None,  # for each conversation a list of JSON schemas, or None
 ) -> float:  # nats per trained token
     "Mean cross-entropy on what the assistant says."
-    rows, total, count = [encode_chat(messages, tokenizer) for messages in conversations], 0.0, 0
+    rows, total, count = encode_chats(conversations, tokenizer, tools), 0.0, 0
     rows.sort(key=lambda row: -len(row["input_ids"]))
     collate, was_training = PadCollator(tokenizer.pad_token_id), model.training
     model.eval()
@@ -154,15 +156,18 @@ def evaluate(
     conversations = list(split["messages"])
     last = [_last_answer(messages, number) for number, messages in enumerate(conversations, 1)]
     prompts = [messages[:i] for messages, i in zip(conversations, last)]
-    references = [messages[i]["content"] for messages, i in zip(conversations, last)]
+    references = [text_of(messages[i]["content"]) for messages, i in zip(conversations, last)]
+    tools = list(split["tools"]) if "tools" in split.column_names else None
     if max_new_tokens is None:
         max_new_tokens = int(1.25 * max(map(len, tokenizer(references)["input_ids"]))) + 8
-    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens, batch_size=batch_size, tools=tools
+    )
     valid, fields = _score_json(references, answers)
     share = lambda hits: sum(hits) / len(answers)
     return Scores(
         len(answers),
-        held_out_loss(model, tokenizer, conversations),
+        held_out_loss(model, tokenizer, conversations, tools=tools),
         share(a.strip() == r.strip() for a, r in zip(answers, references)),
         share(a.ended for a in answers),
         valid,

@@ -9,6 +9,7 @@ __all__ = ['Answer', 'generate', 'chat']
 import torch
 from tqdm import tqdm
 
+from ..data.template import fit_content
 from ..errors import ModelError
 
 # %% ../../nbs/50_infer.generate.ipynb #9e0d493f
@@ -41,14 +42,18 @@ def _as_messages(prompt):
 
 @torch.inference_mode()
 def _generate_batch(model, tokenizer, conversations, options):
-    "Answers to one batch."
-    inputs = tokenizer.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"padding_side": "left"},
+    "Answers to one batch of (messages, tools)."
+    texts = [
+        tokenizer.apply_chat_template(
+            fit_content(tokenizer.get_chat_template(tools=tools), messages),
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for messages, tools in conversations
+    ]
+    inputs = tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     ).to(model.device)
     stops = _stop_ids(model, tokenizer)
     outputs = model.generate(
@@ -70,12 +75,11 @@ def generate(
     max_new_tokens: int = 256,  # tokens in an answer, at most
     temperature: float = 0.0,  # 0: always the likeliest token; above: sampled
     batch_size: int = 16,  # prompts answered together
+    tools: list | None = None,  # for each prompt a list of JSON schemas, or None
 ) -> list[Answer]:  # in the order of `prompts`; raises `ModelError`
     "Answer prompts in batches, longest first, so that memory runs out at the start or never."
-    conversations = [_as_messages(prompt) for prompt in prompts]
-    order = sorted(
-        range(len(prompts)), key=lambda i: -sum(len(str(m["content"])) for m in conversations[i])
-    )
+    conversations = list(zip(map(_as_messages, prompts), tools or [None] * len(prompts)))
+    order = sorted(range(len(prompts)), key=lambda i: -len(str(conversations[i])))
     options = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     if temperature > 0:
         options["temperature"] = temperature

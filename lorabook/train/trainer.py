@@ -18,8 +18,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainingSettings
 from ..data.batch import PadCollator
+from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
 from ..hardware import mixed_precision
+from ..model.adapter import recompute_layers
 from .callbacks import HistoryCallback, LiveLogCallback
 
 # %% ../../nbs/61_train.trainer.ipynb #7256c76f
@@ -54,15 +56,30 @@ def check_training_arguments(
         ) from error
 
 
+_KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def _recomputed(cfg, on_cpu):
+    "The share of the layers whose activations are recomputed."
+    wanted = cfg.gradient_checkpointing
+    return float(not on_cpu if wanted == "auto" else wanted)
+
+
 def _checkpointing(wanted):
     "Whether activations are recomputed, under the name that the installed transformers has for it."
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = (
         "activation_checkpointing"
-        if "activation_checkpointing" in names
+        if "activation_checkpointing" in _KNOWN
         else "gradient_checkpointing"
     )
     return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
+
+
+def _sampling(by_length):
+    "The order of the rows, likewise."
+    if "train_sampling_strategy" in _KNOWN:
+        return {"train_sampling_strategy": "group_by_length" if by_length else "random"}
+    return {"group_by_length": by_length}
 
 
 def training_arguments(
@@ -71,10 +88,12 @@ def training_arguments(
     output_dir: str,  # for checkpoints
     has_eval: bool = True,  # whether there is a validation split
     seed: int = 42,  # of the data order and dropout
+    by_length: bool = True,  # rows of similar length share a batch
 ) -> TrainingArguments:  # raises `ConfigError`
     "The config in the words of transformers."
     weight = model.get_input_embeddings().weight
     on_cpu, every = weight.device.type == "cpu", cfg.eval_steps or cfg.logging_steps
+    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     names = (
         "gradient_accumulation_steps",
         "max_steps",
@@ -91,8 +110,8 @@ def training_arguments(
         seed=seed,
         use_cpu=on_cpu,
         **mixed_precision(weight.dtype),
-        per_device_train_batch_size=cfg.batch_size,
-        per_device_eval_batch_size=2 * cfg.batch_size,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=2 * rows,
         learning_rate=suggest_learning_rate(model)
         if cfg.learning_rate == "auto"
         else cfg.learning_rate,
@@ -104,9 +123,8 @@ def training_arguments(
         load_best_model_at_end=has_eval,
         metric_for_best_model="eval_loss" if has_eval else None,
         greater_is_better=False if has_eval else None,
-        **_checkpointing(
-            not on_cpu if cfg.gradient_checkpointing == "auto" else cfg.gradient_checkpointing
-        ),
+        **_checkpointing(_recomputed(cfg, on_cpu) == 1),
+        **_sampling(by_length),
         dataloader_pin_memory=not on_cpu,
         label_names=["labels"],
         remove_unused_columns=False,
@@ -136,14 +154,39 @@ class AdapterTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_native(resume_from_checkpoint)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        trained = (inputs["labels"][:, 1:] != -100).sum()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        self._evaluated.append(torch.stack([loss.float() * trained, trained.float()]).detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, trained = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / trained
+        return output
+
     def _load_native(self, folder):
         set_peft_model_state_dict(self.model, load_file(Path(folder) / "adapter_model.safetensors"))
+
+
+def _collator(model, tokenizer, packed, multiple):
+    "What makes batches; for packed rows, once the model has passed the check."
+    if not packed:
+        return PadCollator(tokenizer.pad_token_id, multiple)
+    attention = str(model.config.get_text_config()._attn_implementation)
+    collate = PackCollator(tokenizer.pad_token_id, multiple, flatten="flash" in attention)
+    check_packing(model, collate)
+    return collate
 
 
 def create_trainer(
     model,  # from `setup_lora`, or a model with a native adapter
     tokenizer,  # saved with every checkpoint
-    train,  # prepared rows
+    train,  # prepared rows, packed or not
     eval=None,  # prepared rows; None or empty: no evaluation, and the last model is kept
     output_dir: str = "outputs",  # for checkpoints
     cfg: TrainingSettings | None = None,  # None: the defaults
@@ -167,10 +210,14 @@ def create_trainer(
             "float16",
             "Attach it with `setup_lora`, which keeps it in float32.",
         )
-    arguments = training_arguments(cfg, model, output_dir, has_eval, seed)
+    packed = any("position_ids" in getattr(rows, "column_names", ()) for rows in (train, eval))
+    arguments = training_arguments(cfg, model, output_dir, has_eval, seed, not packed)
+    share = _recomputed(cfg, arguments.use_cpu)
+    if share < 1:  # what is less than all, the `Trainer` can't say
+        recompute_layers(model, share)
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
-    model.config.use_cache = False
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     extra = [HistoryCallback(), LiveLogCallback(), *(callbacks or [])]
     if has_eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
@@ -180,7 +227,7 @@ def create_trainer(
         train_dataset=train,
         eval_dataset=eval if has_eval else None,
         processing_class=tokenizer,
-        data_collator=PadCollator(tokenizer.pad_token_id, 1 if arguments.use_cpu else 8),
+        data_collator=_collator(model, tokenizer, packed, 1 if arguments.use_cpu else 8),
         callbacks=extra,
     )
     trainer.remove_callback(PrinterCallback)
