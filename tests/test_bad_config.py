@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabook.config import RunConfig

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabook.config import DataSettings
