@@ -6,9 +6,10 @@
 Every case is a training run of a few steps by the trainer, with an evaluation, in a process of its
 own, on a model of the true shape with random weights, and on rows of the full length. On a GPU the
 measured peak is `torch.cuda.max_memory_allocated` after the model is loaded. On a CPU (Linux) it is
-the growth of the process's memory, after the model is loaded, over what it had after its imports
-and a first small run. There the C library is told to give memory back (MALLOC_MMAP_THRESHOLD_), or
-its leftovers would be counted.
+the growth of the process's own memory (RssAnon, read every 2 ms) over what it had after its imports
+and a first small run. Pages of the weights' file, which stay mapped, are not the process's own: the
+weights are copied out of it first, so that all of them are counted, and once. The C library is told
+to give memory back (MALLOC_MMAP_THRESHOLD_), or its leftovers would be counted.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 from common import machine, run_peer, save
@@ -139,9 +141,31 @@ def saved(shape, device, shapes):
     return str(folder)
 
 
+def own_memory():
+    """Bytes of this process that are no pages of a file."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+class Peak:
+    """The most memory of its own that the process had inside the block, in bytes."""
+
+    def __enter__(self):
+        self.bytes, self.done = own_memory(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.002):
+            self.bytes = max(self.bytes, own_memory())
+
+    def __exit__(self, *error):
+        self.done.set()
+        self.thread.join()
+
+
 def measure(device, case, shapes):
     """One case, in this process: planned and measured bytes."""
-    import psutil
     import torch
 
     from lorabook.config import ModelSettings, RunConfig
@@ -173,22 +197,22 @@ def measure(device, case, shapes):
             run(setup_lora(small, cfg.lora), tokenizer, tiny, False, folder)
             del small
             gc.collect()
-            before = psutil.Process().memory_info().rss
+            before = own_memory()
         model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
         model = setup_lora(model, cfg.lora)
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            run(model, tokenizer, cfg, packing, folder)
+            measured = torch.cuda.max_memory_allocated()
         else:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.data = tensor.data.clone()
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the loading
-        run(model, tokenizer, cfg, packing, folder)
-    if device == "cuda":
-        measured = torch.cuda.max_memory_allocated()
-    else:
-        status = Path("/proc/self/status").read_text()
-        measured = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 - before
+            with Peak() as peak:
+                run(model, tokenizer, cfg, packing, folder)
+            measured = peak.bytes - before
     return {
         "case": case,
         "planned": plan.peak_bytes,

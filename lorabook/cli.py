@@ -11,7 +11,7 @@ import sys
 
 from . import __version__
 from .config import RunConfig
-from .errors import LorabookError
+from .errors import HardwareError, LorabookError
 
 # %% ../nbs/81_cli.ipynb #adf41a3b
 def _parser():
@@ -23,6 +23,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("run", "fine-tune, evaluate before and after, save"),
+        ("plan", "the memory that a run will need, where it fits, and the fastest settings"),
         ("config", "print a complete config as YAML"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -32,6 +33,9 @@ def _parser():
             metavar="config.yaml | section.key=value",
             help="a YAML file, and changes to single values; none: the built-in run",
         )
+    commands.choices["plan"].add_argument(
+        "--device", metavar="CARD", help='decide for this one, such as "T4"; none: this machine'
+    )
     resume = commands.choices["run"].add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     resume.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint")
@@ -50,6 +54,20 @@ def _read_config(words):
     return (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
 
 
+def _plan(cfg, name):
+    "Print what a run needs, where it fits, and what would be chosen."
+    from lorabook.fit import DEVICES, device_table, fit
+
+    cards = [card for card in DEVICES.values() if name and name.lower() in card.name.lower()]
+    if name and len(cards) != 1:
+        raise HardwareError(
+            "`--device` names no card, or several.", name, f"One of: {', '.join(DEVICES)}."
+        )
+    print(device_table(cfg))
+    found = fit(cfg, *cards)
+    print(f"\nThe fastest settings for {found.plan.device.name}:", found, sep="\n")
+
+
 def main(
     argv: list[str] | None = None,  # None: those of the process
 ) -> int:  # 0; 2 after an error of ours; 130 after an interrupt
@@ -59,6 +77,8 @@ def main(
         cfg = _read_config(arguments.config)
         if arguments.command == "config":
             print(cfg.to_yaml(), end="")
+        elif arguments.command == "plan":
+            _plan(cfg, arguments.device)
         else:
             from lorabook.run import run_training
 

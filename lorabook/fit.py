@@ -7,13 +7,15 @@ __all__ = ['DEVICES', 'SizeModel', 'DeviceTable', 'device_table', 'Fit', 'fit']
 
 # %% ../nbs/41_fit.ipynb #6c78b64b
 import dataclasses
+import itertools
 from html import escape
 
 import numpy as np
 
 from .config import RunConfig
-from .errors import HardwareError
+from .errors import HardwareError, ModelError
 from .hardware import Hardware, choose_quantization, detect_hardware
+from .memory import memory_now
 from .model.load import load_config
 from .plan import MemoryPlan, plan_step, with_overhead, workload
 
@@ -143,11 +145,11 @@ class Fit:
     "Settings that fit."
 
     cfg: RunConfig  # with every `auto` decided
-    plan: MemoryPlan  # of it
+    plan: MemoryPlan | None  # of it; None: the model can't be planned
     reasons: list[str]  # what was chosen and why, one line each
 
     def __str__(self):
-        return "\n".join([*self.reasons, "", str(self.plan)])
+        return "\n".join([*self.reasons, *([str(self.plan)] if self.plan else [])])
 
 
 def _cost(kind, share, tokens, device):
@@ -210,7 +212,17 @@ def _reasons(cfg, chosen, plan, device):
         rows, steps = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
         step = f"{steps} times in an optimizer step of {rows * steps} rows"
         lines.append(f"training.batch_size: {rows}, {step}")
+    if not plan.fits():
+        need = f"{plan.needed_bytes / 1e9:.1f} of {memory} free"
+        lines.append(f"too large by the plan ({need}); nothing is `auto`, so it is tried as it is")
     return lines
+
+
+def _what_is_free():
+    "This machine, with the memory that nobody holds; a context on it is ours."
+    device, now = detect_hardware(), memory_now()[0]
+    free = now["free"] + with_overhead(0, device)
+    return dataclasses.replace(device, memory_bytes=min(free, device.memory_bytes))
 
 
 class _Needs:
@@ -240,36 +252,51 @@ def _fastest(config, cfg, device):
     "(config, plan) of the fastest choice that fits, or the bytes that the smallest one needs."
     kinds, shares, all_rows = _options(cfg, device)
     needs, memory = _Needs(config, cfg, device), device.memory_bytes
-    smallest = min(needs(kind, shares[-1], all_rows[-1]) for kind in kinds)
-    if smallest > memory:
-        return smallest
-    choices = [(kind, share, rows) for kind in kinds for share in shares for rows in all_rows]
     cost = lambda choice: _cost(*choice[:2], choice[2] * cfg.model.max_length, device)
-    for choice in sorted(choices, key=cost):
+    first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
+    if needs.plan(*first).fits() or not others:
+        return _decided(cfg, *first), needs.plan(*first)
+    for choice in others:
         if needs(*choice) <= memory and needs.plan(*choice).fits():
             return _decided(cfg, *choice), needs.plan(*choice)
-    return smallest
+    return min(needs(kind, shares[-1], all_rows[-1]) for kind in kinds)
+
+
+def _cautious(cfg, device, error):
+    "What needs least, for a model that can't be planned."
+    kinds, shares, all_rows = _options(cfg, device)
+    chosen = _decided(cfg, kinds[-1], shares[-1], all_rows[-1])
+    return Fit(chosen, None, [f"not planned, so what needs least is taken: {error}"])
+
+
+def _too_small(cfg, device, needed):
+    return HardwareError(
+        f"{cfg.model.name} does not fit on {device.name} in any way that these settings allow.",
+        f"at least {needed / 1e9:.1f} GB are needed, {device.memory_bytes / 1e9:.1f} GB are free",
+        "Shorten `model.max_length`, take a smaller model or a larger card, free what others hold "
+        "(an earlier model in this notebook?), or let `auto` decide `model.quantization`, "
+        "`training.batch_size` and `training.gradient_checkpointing`.",
+    )
 
 
 def fit(
     cfg: RunConfig | None = None,  # None: the built-in run
-    device: Hardware | None = None,  # None: this machine
+    device: Hardware | None = None,  # None: this machine, with the memory that is free
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`
-) -> Fit:  # raises `HardwareError` if nothing fits
+) -> Fit:  # raises `ConfigError`, `ModelError`, and `HardwareError` if nothing fits
     "Decide every `auto` for speed, within the memory of a device."
-    cfg, device = cfg or RunConfig(), device or detect_hardware()
+    cfg, device = cfg or RunConfig(), device or _what_is_free()
     config = config or load_config(cfg.model.name, cfg.model)
-    found, reasons = _fastest(config, cfg, device), []
+    tries = [(cfg, [])]
     if device.device == "cuda" and not hasattr(cfg.training, "optim"):
-        for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-            if not isinstance(found, tuple):
-                found = _fastest(config, cfg.override(f"training.optim={optimizer}"), device)
-                reasons = [f"training.optim: {optimizer} (AdamW in 32 bits does not fit)"]
-    if isinstance(found, tuple):
-        return Fit(*found, _reasons(cfg, *found, device) + reasons)
-    raise HardwareError(
-        f"{cfg.model.name} does not fit on {device.name} in any way that these settings allow.",
-        f"at least {found / 1e9:.1f} GB are needed, {device.memory_bytes / 1e9:.1f} GB are there",
-        "Shorten `model.max_length`, take a smaller model or a larger card, or let `auto` decide "
-        "`model.quantization`, `training.batch_size` and `training.gradient_checkpointing`.",
-    )
+        for name in ("adamw_8bit", "paged_adamw_8bit"):
+            why = f"training.optim: {name} (the state of AdamW in 32 bits does not fit)"
+            tries.append((cfg.override(f"training.optim={name}"), [why]))
+    try:
+        for changed, reasons in tries:
+            found = _fastest(config, changed, device)
+            if isinstance(found, tuple):
+                return Fit(*found, _reasons(cfg, *found, device) + reasons)
+    except ModelError as error:
+        return _cautious(cfg, device, error)
+    raise _too_small(cfg, device, found)

@@ -12,6 +12,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from html import escape
+from operator import attrgetter
 from pathlib import Path
 
 from datasets import DatasetDict
@@ -27,7 +28,7 @@ from .infer.evaluate import Scores, evaluate, show_score
 from .memory import MemoryLog, print_gpu_memory_usage, table_html
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model
-from .train.callbacks import HistoryCallback, MemoryCallback
+from .train.callbacks import HistoryCallback, MemoryCallback, ProbeCallback
 from .train.trainer import check_training_arguments, create_trainer, get_history
 
 # %% ../nbs/80_run.ipynb #00641cca
@@ -54,6 +55,8 @@ class RunResult:
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
             peak_memory_bytes=self.memory.peak,
+            planned_bytes=self.memory.planned,
+            probed_bytes=self.memory.measured,
             trainable_parameters=self.trainable.trainable,
             total_parameters=self.trainable.total,
             adapter_dir=str(self.adapter_dir),
@@ -125,8 +128,8 @@ def _result_page(result, examples=3):
 class _Phases:
     "Announces phases, and notes what each took."
 
-    def __init__(self, count):
-        self.count, self.memory, self.seconds = count, MemoryLog(), {}
+    def __init__(self, count, plan=None):
+        self.count, self.memory, self.seconds = count, MemoryLog(plan), {}
 
     @contextmanager
     def __call__(self, name, last=None):
@@ -213,13 +216,29 @@ def _create_trainer(model, tokenizer, data, cfg, callbacks):
     return create_trainer(model, tokenizer, data["train"], data["validation"], *settings)
 
 
-def _decide(cfg):
-    "The config with the size of a micro-batch decided, and what goes with it."
-    if cfg.training.batch_size != "auto":
+_DECIDED = {  # what `fit` may decide -> what goes with it
+    "model.quantization": [],
+    "training.batch_size": ["training.gradient_accumulation_steps"],
+    "training.gradient_checkpointing": [],
+}
+
+
+def _as_before(cfg):
+    "The config with what was decided when the run began; on resuming, other memory may be free."
+    value = lambda config, key: attrgetter(key)(config)
+    try:
+        began = RunConfig.from_yaml(Path(cfg.output_dir, "run.yaml"))
+    except ConfigError:
         return cfg
-    found = fit(cfg)
+    keys = [[key, *more] for key, more in _DECIDED.items() if value(cfg, key) == "auto"]
+    return cfg.override(*(f"{key}={value(began, key)}" for key in sum(keys, [])))
+
+
+def _decide(cfg, resume):
+    "The config with every `auto` decided, and the plan of its memory."
+    found = fit(_as_before(cfg) if resume else cfg)
     print(found)
-    return found.cfg
+    return found.cfg, found.plan
 
 
 def run_training(
@@ -230,9 +249,9 @@ def run_training(
     "Fine-tune, evaluate before and after, and save."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
-    cfg = _decide(cfg)
     _prepare_output(cfg, resume_from_checkpoint)
-    phase = _Phases(7)
+    cfg, plan = _decide(cfg, resume_from_checkpoint)
+    phase = _Phases(7, plan)
 
     with phase("data"):
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
@@ -249,8 +268,8 @@ def run_training(
         print_gpu_memory_usage()
     with phase("train", "training"):
         _begin_output(cfg, resume_from_checkpoint)
-        callbacks = [MemoryCallback(phase.memory), *(callbacks or [])]
-        trainer = _create_trainer(model, tokenizer, data, cfg, callbacks)
+        watch = [MemoryCallback(phase.memory), ProbeCallback(phase.memory, data["validation"])]
+        trainer = _create_trainer(model, tokenizer, data, cfg, watch + (callbacks or []))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         history = get_history(trainer)
     with phase("after", "test after"):

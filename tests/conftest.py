@@ -60,10 +60,10 @@ def refused():
 
 @pytest.fixture(scope="session")
 def fresh():
-    "Run Python code in a new process."
+    "Run Python code in a new process, with arguments and more environment."
 
-    def run(code, **env):
-        command = [sys.executable, "-c", code]
+    def run(code, *args, **env):
+        command = [sys.executable, "-c", code, *args]
         return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
 
     return run

@@ -12,6 +12,7 @@ import torch
 from lorabook import memory
 from lorabook.errors import HardwareError
 from lorabook.memory import GB, MemoryLog, MemoryTimeline, memory_now, memory_snapshot
+from lorabook.pictures import plot_timeline
 from lorabook.train.callbacks import MemoryCallback
 
 
@@ -138,6 +139,33 @@ print(*(row[key] for row in log.rows for key in ("allocated", "peak")), log.peak
     assert peak == during
 
 
+def test_a_short_peak_is_seen(fresh):
+    result = fresh("""
+import time, torch
+from lorabook.memory import MemoryTimeline
+with MemoryTimeline() as timeline:
+    for i in range(5):
+        time.sleep(0.02)
+        timeline.mark(f"before {i}")
+        end = time.monotonic() + 0.05
+        block = torch.ones(50_000_000)  # 200 MB
+        time.sleep(max(0, end - time.monotonic()))
+        del block
+        timeline.mark(f"with {i}")
+peaks = {row["phase"]: row["peak"] for row in timeline.rows}
+print(*(peaks[f"with {i}"] - peaks[f"before {i}"] for i in range(5)))
+""")
+    assert not result.returncode, result.stderr
+    assert all(150e6 < int(grown) < 215e6 for grown in result.stdout.split()), result.stdout
+
+
+def test_how_often_it_reads(monkeypatch):
+    FakeGPUs(monkeypatch, "cuda", GB)  # counts the peak itself
+    assert MemoryLog().interval == 0.1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert MemoryLog().interval == 0.01 and MemoryTimeline(interval=3).interval == 3
+
+
 def test_a_mapped_file_is_not_in_use(tmp_path):
     path = tmp_path / "file"
     np.ones(25_000_000, np.float32).tofile(path)
@@ -175,8 +203,8 @@ def test_every_gpu_is_counted(monkeypatch, kind, name):
     log.plan = SimpleNamespace(peak_bytes=10 * GB)
     head, rows = log.table()
     assert [dict(zip(head, row))["difference"] for row in rows] == ["", "-10.0%", "", ""]
-    lines = [text.get_text() for text in memory.plot_timeline(log).axes[0].texts]
-    assert {f" {name} 0", f" {name} 1", "peak 9 GB"} <= set(lines) and f" {name} 2" not in lines
+    lines = [text.get_text() for text in plot_timeline(log).axes[0].texts]
+    assert {f"{name} 0", f"{name} 1", "peak 9 GB"} <= set(lines) and f"{name} 2" not in lines
 
 
 def test_a_gpu_that_others_use_is_not_asked(monkeypatch, capsys):
