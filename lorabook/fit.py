@@ -210,8 +210,9 @@ def _reasons(cfg, chosen, plan, device):
         lines.append(f"training.gradient_checkpointing: {shown} ({why})")
     if cfg.training.batch_size == "auto":
         rows, steps = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
-        step = f"{steps} times in an optimizer step of {rows * steps} rows"
-        lines.append(f"training.batch_size: {rows}, {step}")
+        times = "at once" if steps == 1 else f"in {steps} micro-batches"
+        step = f"the {rows * steps} rows of an optimizer step {times}"
+        lines.append(f"training.batch_size: {rows} ({step})")
     if not plan.fits():
         need = f"{plan.needed_bytes / 1e9:.1f} of {memory} free"
         lines.append(f"too large by the plan ({need}); nothing is `auto`, so it is tried as it is")
@@ -256,10 +257,11 @@ def _fastest(config, cfg, device):
     first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
     if needs.plan(*first).fits() or not others:
         return _decided(cfg, *first), needs.plan(*first)
-    for choice in others:
+    least = min(needs(kind, shares[-1], all_rows[-1]) for kind in kinds)
+    for choice in others if least <= memory else ():
         if needs(*choice) <= memory and needs.plan(*choice).fits():
             return _decided(cfg, *choice), needs.plan(*choice)
-    return min(needs(kind, shares[-1], all_rows[-1]) for kind in kinds)
+    return least
 
 
 def _cautious(cfg, device, error):

@@ -126,10 +126,10 @@ class MemoryTimeline:
 
     def __init__(
         self,
-        interval: float | None = None,  # seconds between samples; None: 0.1 or 0.01, as above
+        interval: float | None = None,  # seconds between samples; None: 0.1 or 0.02, as above
         limit: int = 2000,  # samples to keep
     ):
-        self.interval = interval or (0.1 if _torch_memory()[0] else 0.01)
+        self.interval = interval or (0.1 if _torch_memory()[0] else 0.02)
         self.limit = limit
         self.samples, self._rows, self._seen, self._first = [], {}, None, None
         self._start, self._entered = time.monotonic(), 0
@@ -217,7 +217,7 @@ class MemoryTimeline:
         self.samples, self._width = kept, 2 * now / self.limit
 
 # %% ../nbs/10_memory.ipynb #d51c49d6
-_PLANNED = ("first step", "training", "evaluation")  # the phases that a plan speaks of
+_PLANNED = ("probe", "first step", "training", "evaluation")  # the phases that a plan speaks of
 
 
 class MemoryLog(MemoryTimeline):
@@ -229,26 +229,43 @@ class MemoryLog(MemoryTimeline):
         interval: float | None = None,  # seconds between samples; None: as for a timeline
     ):
         super().__init__(interval)
-        self.plan = plan
+        self.plan, self._offset = plan, None
 
     @property
     def peak(self) -> int:  # bytes, on the fullest device
         "The highest peak so far."
         return max((int(sample.used.max()) for sample in self.samples), default=0)
 
+    def anchor(
+        self,
+        held: int,  # bytes of all tensors there are
+    ):
+        "Say what is held now. On a CPU, what Python and its libraries hold is known from then on."
+        self._offset = held - memory_now()[0]["allocated"]
+
     def _most(self):
         "The row in which training needed most, and its bytes as a plan counts them."
-        start = self._first[0]
-        grown = lambda row: row["reserved"] - start["reserved"]
-        needed = lambda row: grown(row) if start["name"] == _CPU else row["peak"]
-        planned = [row for row in self.rows if row["phase"] in _PLANNED]
-        most = max(planned or self.rows, key=needed)
-        return most, needed(most)
+        planned = [row for row in self.rows if row["phase"] in _PLANNED] or self.rows
+        most, first = max(planned, key=lambda row: row["peak"]), self._first[0]
+        if first["name"] != _CPU:
+            return most, most["peak"]
+        offset = -first["allocated"] if self._offset is None else self._offset
+        return most, most["peak"] + offset
+
+    @property
+    def planned(self) -> int | None:  # bytes, at the peak; None: nothing was
+        "What the plan says."
+        return self.plan.peak_bytes if self.plan else None
+
+    @property
+    def measured(self) -> int | None:  # bytes, as a plan counts; None: nothing was
+        "The most that training took."
+        return self._most()[1] if self.rows else None
 
     def table(self) -> tuple[list, list]:  # the names of the columns, and the rows
         "The phases as text, without the devices that stayed empty."
         head, rows = ["phase", "device", "in use, GB", "peak, GB", "reserved, GB", "seconds"], []
-        planned = self.plan.peak_bytes if self.plan and self.rows else 0
+        planned = self.planned if self.rows else None
         most, measured = self._most() if planned else (None, 0)
         for row in self.rows:
             if row["name"] in self._idle():

@@ -25,9 +25,10 @@ from .errors import ConfigError, TrainingError
 from .export.save import save_model
 from .fit import fit
 from .infer.evaluate import Scores, evaluate, show_score
-from .memory import MemoryLog, print_gpu_memory_usage, table_html
+from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model
+from .pictures import table_html
 from .train.callbacks import HistoryCallback, MemoryCallback, ProbeCallback
 from .train.trainer import check_training_arguments, create_trainer, get_history
 
@@ -56,7 +57,7 @@ class RunResult:
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
             peak_memory_bytes=self.memory.peak,
             planned_bytes=self.memory.planned,
-            probed_bytes=self.memory.measured,
+            trained_bytes=self.memory.measured,
             trainable_parameters=self.trainable.trainable,
             total_parameters=self.trainable.total,
             adapter_dir=str(self.adapter_dir),

@@ -9,10 +9,10 @@ from lorabook.fit import fit
 from lorabook.hardware import Hardware
 
 SHAPE = dict(
-    vocab_size=32000,
+    vocab_size=4000,
     hidden_size=256,
     intermediate_size=768,
-    num_hidden_layers=6,
+    num_hidden_layers=8,
     num_attention_heads=4,
     num_key_value_heads=4,
     tie_word_embeddings=False,
@@ -23,7 +23,7 @@ WIDE = (
     "training.batch_size=auto",
     "training.gradient_accumulation_steps=16",
     "training.max_steps=3",
-    "training.learning_rate=1e-3",
+    "training.learning_rate=1e-2",
 )
 CHILD = """
 import gc, json, sys, tempfile
@@ -52,7 +52,7 @@ def run(rows, shape, training):
 def rows(length):
     g = torch.Generator().manual_seed(1)
     sizes = [length - 8 * (i % 4) for i in range(48)]
-    ids = [torch.randint(5, 1000, [n], generator=g).tolist() for n in sizes]
+    ids = [torch.randint(5, 25, [n], generator=g).tolist() for n in sizes]
     return [{"input_ids": x, "labels": x, "length": len(x)} for x in ids]
 
 timeline = MemoryTimeline(interval=0.002)
@@ -99,7 +99,7 @@ def plain(config, fresh):
     return cfg, *measured(cfg, fresh)
 
 
-@pytest.mark.parametrize("share", [0.7, 0.35])
+@pytest.mark.parametrize("share", [0.75, 0.4])
 def test_what_fits_stays_under_the_limit_and_trains_the_same(config, plain, fresh, share):
     wide, peak, losses = plain
     size = share * peak
@@ -110,4 +110,4 @@ def test_what_fits_stays_under_the_limit_and_trains_the_same(config, plain, fres
     used, same = measured(found.cfg, fresh)
     assert used < size < peak
     assert same == pytest.approx(losses, rel=1e-5)
-    assert losses[-1] < losses[0]  # it trains at all
+    assert losses[-1] < losses[0] - 0.1  # the steps were no small ones
