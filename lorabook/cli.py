@@ -56,7 +56,7 @@ def _read_config(words):
 
 def _plan(cfg, name):
     "Print what a run needs, where it fits, and what would be chosen."
-    from lorabook.fit import DEVICES, device_table, fit
+    from lorabook.devices import DEVICES, device_table, fit
 
     cards = [card for card in DEVICES.values() if name and name.lower() in card.name.lower()]
     if name and len(cards) != 1:

@@ -23,7 +23,7 @@ from .data.pack import pack
 from .data.source import load_and_prepare_data
 from .errors import ConfigError, TrainingError
 from .export.save import save_model
-from .fit import fit
+from .devices import fit
 from .infer.evaluate import Scores, evaluate, show_score
 from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report

@@ -89,7 +89,9 @@ def test_import_is_light(fresh):
 def test_public_api():
     names = "RunConfig load_and_prepare_data setup_model setup_lora prepare_datasets create_trainer"
     names += " run_training save_model print_gpu_memory_usage show_tokens evaluate"
+    names += " plan_memory device_table fit"
     assert set(names.split()) <= set(lorabook.__all__) <= set(dir(lorabook))
+    assert not set(TREES) & set(lorabook.__all__)  # the module would hide the function
     for name in lorabook.__all__:
         assert getattr(lorabook, name).__doc__, name
     with pytest.raises(AttributeError, match="nonesuch"):

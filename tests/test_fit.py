@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorabook.config import RunConfig
-from lorabook.fit import fit
+from lorabook.devices import fit
 from lorabook.hardware import Hardware
 
 SHAPE = dict(
