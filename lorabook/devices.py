@@ -229,13 +229,14 @@ def _what_is_free():
 class _Needs:
     "Bytes that a choice needs; from a few plans, and in between by proportion."
 
-    def __init__(self, config, cfg, device):
+    def __init__(self, config, cfg, device, length):
         self.config, self.cfg, self.device, self.plans = config, cfg, device, {}
+        self.length = length or cfg.model.max_length
 
     def plan(self, kind, share, rows):
         if (kind, share, rows) not in self.plans:
             chosen = _decided(self.cfg, kind, share, rows)
-            work = workload(chosen, self.device)
+            work = dataclasses.replace(workload(chosen, self.device), length=self.length)
             self.plans[kind, share, rows] = plan_step(self.config, chosen, work, self.device)
         return self.plans[kind, share, rows]
 
@@ -249,11 +250,11 @@ class _Needs:
         return self.plan(kind, share, rows).needed_bytes
 
 
-def _fastest(config, cfg, device):
+def _fastest(config, cfg, device, length):
     "(config, plan) of the fastest choice that fits, or the bytes that the smallest one needs."
     kinds, shares, all_rows = _options(cfg, device)
-    needs, memory = _Needs(config, cfg, device), device.memory_bytes
-    cost = lambda choice: _cost(*choice[:2], choice[2] * cfg.model.max_length, device)
+    needs, memory = _Needs(config, cfg, device, length), device.memory_bytes
+    cost = lambda choice: _cost(*choice[:2], choice[2] * needs.length, device)
     first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
     if needs.plan(*first).fits() or not others:
         return _decided(cfg, *first), needs.plan(*first)
@@ -285,6 +286,7 @@ def fit(
     cfg: RunConfig | None = None,  # None: the built-in run
     device: Hardware | None = None,  # None: this machine, with the memory that is free
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`
+    length: int | None = None,  # tokens of the longest row; None: `cfg.model.max_length`
 ) -> Fit:  # raises `ConfigError`, `ModelError`, and `HardwareError` if nothing fits
     "Decide every `auto` for speed, within the memory of a device."
     cfg, device = cfg or RunConfig(), device or _what_is_free()
@@ -296,7 +298,7 @@ def fit(
             tries.append((cfg.override(f"training.optim={name}"), [why]))
     try:
         for changed, reasons in tries:
-            found = _fastest(config, changed, device)
+            found = _fastest(config, changed, device, length)
             if isinstance(found, tuple):
                 return Fit(*found, _reasons(cfg, *found, device) + reasons)
     except ModelError as error:

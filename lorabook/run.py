@@ -21,13 +21,13 @@ from .config import RunConfig, library_versions
 from .data.batch import prepare_datasets
 from .data.pack import pack
 from .data.source import load_and_prepare_data
+from .devices import fit
 from .errors import ConfigError, TrainingError
 from .export.save import save_model
-from .devices import fit
 from .infer.evaluate import Scores, evaluate, show_score
 from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
-from .model.load import setup_model
+from .model.load import setup_model, setup_tokenizer
 from .pictures import table_html
 from .train.callbacks import HistoryCallback, MemoryCallback, ProbeCallback
 from .train.trainer import check_training_arguments, create_trainer, get_history
@@ -129,8 +129,8 @@ def _result_page(result, examples=3):
 class _Phases:
     "Announces phases, and notes what each took."
 
-    def __init__(self, count, plan=None):
-        self.count, self.memory, self.seconds = count, MemoryLog(plan), {}
+    def __init__(self, count):
+        self.count, self.memory, self.seconds = count, MemoryLog(), {}
 
     @contextmanager
     def __call__(self, name, last=None):
@@ -186,7 +186,8 @@ def _begin_output(cfg, resume):
 def _pack(data, cfg):
     "Pack all splits, and print what a step holds now."
     packed = {name: pack(rows, cfg.model.max_length, name) for name, rows in data.items()}
-    rows = cfg.training.batch_size * cfg.training.gradient_accumulation_steps
+    rows = cfg.training.gradient_accumulation_steps
+    rows *= 1 if cfg.training.batch_size == "auto" else cfg.training.batch_size
     total = len(data["train"])
     held = rows * total / len(packed["train"])
     print(f"An optimizer step holds {rows} rows: about {held:.0f} of {total} conversations.")
@@ -235,9 +236,10 @@ def _as_before(cfg):
     return cfg.override(*(f"{key}={value(began, key)}" for key in sum(keys, [])))
 
 
-def _decide(cfg, resume):
+def _decide(cfg, data, resume):
     "The config with every `auto` decided, and the plan of its memory."
-    found = fit(_as_before(cfg) if resume else cfg)
+    longest = max(max(rows["length"], default=0) for rows in data.values())
+    found = fit(_as_before(cfg) if resume else cfg, length=longest)
     print(found)
     return found.cfg, found.plan
 
@@ -251,26 +253,28 @@ def run_training(
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
     _prepare_output(cfg, resume_from_checkpoint)
-    cfg, plan = _decide(cfg, resume_from_checkpoint)
-    phase = _Phases(7, plan)
+    phase = _Phases(7)
 
     with phase("data"):
+        tokenizer = setup_tokenizer(cfg.model.name, cfg.model)
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
+        data = _tokenize(raw, tokenizer, cfg)
+    with phase("plan"):
+        cfg, phase.memory.plan = _decide(cfg, data, resume_from_checkpoint)
     with phase("model", "adapted"):
         model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
         phase.memory.mark("loaded")
         model = setup_lora(model, cfg.lora)
         trainable = trainable_report(model)
         print(trainable)
-    with phase("tokens"):
-        data = _tokenize(raw, tokenizer, cfg)
     with phase("before", "test before"):
         before = _test(model, tokenizer, raw)
         print_gpu_memory_usage()
     with phase("train", "training"):
         _begin_output(cfg, resume_from_checkpoint)
-        watch = [MemoryCallback(phase.memory), ProbeCallback(phase.memory, data["validation"])]
-        trainer = _create_trainer(model, tokenizer, data, cfg, watch + (callbacks or []))
+        callbacks = [MemoryCallback(phase.memory), *(callbacks or [])]
+        trainer = _create_trainer(model, tokenizer, data, cfg, callbacks)
+        trainer.add_callback(ProbeCallback(trainer, phase.memory))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         history = get_history(trainer)
     with phase("after", "test after"):

@@ -8,6 +8,7 @@ __all__ = ['HistoryCallback', 'LiveLogCallback', 'SaveBestCallback', 'MemoryCall
 # %% ../../nbs/60_train.callbacks.ipynb #2b19f8ef
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..errors import HardwareError
-from ..memory import MemoryLog
+from ..memory import MemoryLog, tensor_peak
 from ..pictures import figure_html, show_size
 from ..plan import optimizer_state, plan_memory
 
@@ -215,64 +216,65 @@ class ProbeCallback(TrainerCallback):
 
     def __init__(
         self,
+        trainer,  # whose rows are tried, and whose loss
         log: MemoryLog,  # gets the phase "probe"; with a plan, the two are compared
-        validation=None,  # prepared rows; None or empty: there are no evaluations
     ):
-        self.log, self.validation = log, validation
+        self.trainer, self.log = trainer, log
 
-    def on_train_begin(
-        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
-    ):
-        train, collate = train_dataloader.dataset, train_dataloader.collate_fn
-        work = [("training", self._train, train, args.train_batch_size)]
-        if self.validation is not None and len(self.validation):
-            work.append(("evaluation", self._evaluate, self.validation, args.eval_batch_size))
-        self.log.anchor(_held(model))
-        state = "sgd" if optimizer.state else str(args.optim)  # after resuming it is there
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trainer, collate = self.trainer, self.trainer.data_collator
+        work = [("training", self._train, trainer.train_dataset, args.train_batch_size)]
+        if trainer.eval_dataset is not None:
+            work.append(("evaluation", self._evaluate, trainer.eval_dataset, args.eval_batch_size))
+        held, peaks = _held(model), []
         for name, step, rows, count in work:
             batch = _longest(rows, count, collate, model.device)
-            failed = self._try(step, model, batch, state)
+            failed, peak = self._try(partial(step, model, batch, args), model)
+            peaks.append(peak)
             if failed:
                 size = " x ".join(map(str, batch["input_ids"].shape))
                 raise _too_long(f"{size} tokens in {name}", failed)
         self.log.mark("probe")
+        self.log.probed = held + max(peaks) if all(peaks) else None
         print(_beside(self.log))
 
-    def _try(self, step, model, batch, optimizer):
-        "Nothing, or the first line of the error if memory ran out; the model is as it was."
+    def _try(self, step, model):
+        "(first line of the error if memory ran out, bytes of new tensors); the model is as it was."
         was_training = model.training
         try:
             with torch.random.fork_rng():
-                step(model, batch, optimizer)
+                return None, tensor_peak(step) if model.device.type == "cpu" else step()
         except (RuntimeError, MemoryError) as error:
             if not _ran_out(error):
                 raise
-            return str(error).partition("\n")[0]  # the error itself would hold the tensors
+            return str(error).partition("\n")[0], None  # the error itself would hold the tensors
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
 
-    def _train(self, model, batch, optimizer):
+    def _train(self, model, batch, args):
         "Forward and backward, beside gradients and optimizer state, as in a later step."
         trained = [p for p in model.parameters() if p.requires_grad]
-        state = optimizer_state(trained, optimizer)
-        for parameter in trained:
+        state = optimizer_state(trained, str(args.optim))
+        for parameter in trained if args.gradient_accumulation_steps > 1 else ():
             parameter.grad = torch.zeros_like(parameter)
         model.train()
-        model(**batch, use_cache=False).loss.backward()
+        self.trainer.compute_loss(model, batch).backward()
         del state
 
-    def _evaluate(self, model, batch, optimizer):
+    def _evaluate(self, model, batch, args):
         "Forward, without gradients."
         model.eval()
         with torch.no_grad():
-            model(**batch, use_cache=False)
+            self.trainer.compute_loss(model, batch)
 
 
 def _beside(log):
     "What the probe took, beside the plan."
-    took = f"The longest batches need {show_size(log.measured)}"
-    return f"{took}, planned: {show_size(log.planned)}" if log.planned else took
+    if not log.measured:
+        return "The longest batches fit."
+    took = f"The longest batches fit: {show_size(log.measured)}"
+    return f"{took}, planned were {show_size(log.planned)}" if log.planned else took
 
 
 def _too_long(tried, found):

@@ -154,16 +154,18 @@ class AdapterTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_native(resume_from_checkpoint)
 
+    _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         trained = (inputs["labels"][:, 1:] != -100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._evaluated.append(torch.stack([loss.float() * trained, trained.float()]).detach())
+        self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._evaluated = []
+        self._evaluated = ()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, trained = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / trained
