@@ -311,7 +311,7 @@ def tensor_peak(
         events += event.children
         if event.tag.name == "Allocation" and event.extra_fields.device.type == "cpu":
             sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return max(np.cumsum([0, *(size for _, size in sorted(sizes))]))
+    return int(max(np.cumsum([0, *(size for _, size in sorted(sizes))])))
 
 # %% ../nbs/10_memory.ipynb #af43d0c9
 @contextmanager

@@ -73,6 +73,8 @@ def rows(*lengths, vocabulary=128, prompt=4):
 
 
 PADDED = PadCollator(0, 8)(rows(21, 13, 9))
+PADDED["labels"][2, 0] = 5  # a label that nothing predicts
+TRAINED = (PADDED["labels"][:, 1:] != -100).sum().item()
 
 
 def gradient_of(loss, model):
@@ -122,6 +124,16 @@ def test_in_16_bits_it_is_as_exact_as_the_model(family, config):
     assert check_loss(model) is None
 
 
+@pytest.mark.parametrize(
+    "family, config",
+    [("cohere", dict(logit_scale=0.25)), ("gemma2", dict(final_logit_softcapping=3.0))],
+)
+def test_a_bias_beside_a_scale_or_a_cap(family, config):
+    model = adapted(family, config)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(128), requires_grad=False)
+    assert_same(model)
+
+
 def test_tails():
     tail = measure_tail(lively("gemma2", final_logit_softcapping=3.0))
     assert tail.cap == 3 and tail.scale == pytest.approx(1, rel=1e-5)
@@ -141,8 +153,7 @@ def test_size_of_the_parts(at_a_time, capped, trained_head, monkeypatch):
     monkeypatch.setattr(module, "_count_parts", lambda *a: counts.append(count(*a)) or counts[-1])
     config = ("gemma2", dict(final_logit_softcapping=3.0)) if capped else ("phi", {})
     assert_same(adapted(*config, modules_to_save=["lm_head"] if trained_head else None))
-    trained = (PADDED["labels"] != -100).sum().item()
-    assert counts == [-(-trained // at_a_time)]
+    assert counts == [-(-TRAINED // at_a_time)]
 
 
 def test_parts_are_large_enough_and_fixed():
@@ -227,6 +238,9 @@ def test_activation_checkpointing_and_dropout(share):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_autocast(dtype, head, monkeypatch):
     model = adapted(modules_to_save=head).to(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.float()
     formats, run = [], module._run_part
     monkeypatch.setattr(
         module, "_run_part", lambda *args: formats.append(args[0].dtype) or run(*args)
@@ -238,6 +252,29 @@ def test_autocast(dtype, head, monkeypatch):
     assert set(formats) == (set() if head else {torch.bfloat16})
     with autocast():
         assert_same(model, rel=0.003)
+
+
+@pytest.mark.parametrize("head", [None, ["lm_head"]], ids=["", "trained head"])
+def test_no_logits_are_kept(head):
+    model, shapes = adapted(modules_to_save=head), []
+    keep = lambda tensor: shapes.append(tensor.shape) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = trained_loss(model, PADDED)
+    assert shapes and (TRAINED, 128) not in [shape[-2:] for shape in shapes]
+    assert gradient_of(loss, model).any()
+
+
+def test_16_bits_do_not_round_the_factor():
+    hidden = torch.randn(9, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight, labels = torch.randn(128, 32, dtype=torch.bfloat16), torch.arange(9)
+    once, scaled = (
+        torch.autograd.grad(
+            factor * module._FrozenHead.apply(hidden, labels, weight, None, Tail()), hidden
+        )[0]
+        for factor in (1, 1.003)
+    )
+    assert torch.equal(scaled, (once.float() * 1.003).bfloat16())
+    assert not torch.equal(scaled, once)
 
 
 def test_float16_gradients_do_not_vanish():
@@ -401,11 +438,10 @@ def test_the_check_finds_a_wrong_gradient(dtype, monkeypatch):
     right = module._FrozenHead.backward
     wrong = lambda ctx, incoming: right(ctx, 1.2 * incoming)
     monkeypatch.setattr(module._FrozenHead, "backward", staticmethod(wrong))
-    assert (
-        "the gradients are 20.0% apart"
-        if dtype is torch.float32
-        else "the gradients are" in check_loss(adapted().to(dtype))
-    )
+    found = "20.0% apart" if dtype is torch.float32 else "% apart"
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert found in check_loss(adapted().to(dtype))
 
 
 def test_models_without_anything_trained_are_checked_too(monkeypatch):
@@ -445,7 +481,7 @@ def logits_changed(model, change):
     [
         lambda logits: logits + 0.01,
         lambda logits: logits.clamp(-9, 9),
-        lambda logits: logits * torch.linspace(0.9, 1, logits.shape[-1]),
+        lambda logits: logits * (1 + 0.1 * (torch.arange(128) == 77)),
         lambda logits: logits[..., :-1],
         lambda logits: logits[:, :-1],
         lambda logits: 3 * torch.asinh(logits),
