@@ -76,7 +76,7 @@ class Tail:
         return x if self.cap is None else self.cap * (x / self.cap).tanh()
 
 
-_PROBES = torch.tensor([2.0**20, 2.0**-10, 1, 0, -3, 30, -(2.0**20)])
+_PROBES = torch.tensor([2.0**20, 2.0**-10, 1, -3, 30, -(2.0**20)])
 
 
 @contextmanager

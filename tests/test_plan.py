@@ -1,0 +1,471 @@
+"""The memory plan against arithmetic, against real tensors, and against itself."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    JetMoeConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    ViTConfig,
+)
+
+from lorabook.config import LoraSettings, ModelSettings, RunConfig, TrainingSettings, builtin_path
+from lorabook.dryrun import Ledger, empty_model, enter_model
+from lorabook.errors import ModelError
+from lorabook.hardware import Hardware
+from lorabook.model.adapter import setup_lora
+from lorabook.plan import Workload, _component, plan_memory, plan_step, workload
+from lorabook.testing import tiny_model
+from lorabook.train.trainer import create_trainer
+
+A100 = Hardware("cuda", "A100", 1, 80 * 2**30, (8, 0))
+CPU = Hardware("cpu", "CPU", 1, 2**34)
+SHAPES = {  # as published
+    "Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "Llama-3.2-1B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "Phi-4-mini": Phi3Config(
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ),
+    "Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+    "Qwen2.5-32B": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+}
+PARAMETERS = {  # on the model cards, in billions
+    "Qwen2.5-0.5B": 0.49,
+    "Llama-3.2-1B": 1.24,
+    "Phi-4-mini": 3.84,
+    "Llama-3.1-8B": 8.03,
+    "Qwen2.5-32B": 32.76,
+}
+
+
+# Arithmetic, with nothing of lorabook in it
+
+
+def blocks(*sizes):
+    "Bytes of some tensors, as a GPU's allocator rounds them."
+    return sum(math.ceil(size / 512) * 512 for size in sizes)
+
+
+def layers(config):
+    "(inputs, outputs, whether there is a bias) of the linear layers in a transformer layer."
+    width, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    q, kv = head * config.num_attention_heads, head * config.num_key_value_heads
+    if config.model_type == "phi3":
+        return [
+            (width, q + 2 * kv, False),
+            (q, width, False),
+            (width, 2 * inner, False),
+            (inner, width, False),
+        ]
+    bias = config.model_type == "qwen2"
+    attention = [(width, q, bias), (width, kv, bias), (width, kv, bias), (q, width, False)]
+    return attention + [(width, inner, False), (width, inner, False), (inner, width, False)]
+
+
+def base_bytes(config, kind):
+    "Bytes of the weights."
+    width, n, total = config.hidden_size, config.num_hidden_layers, 0
+    embeddings = 1 if config.tie_word_embeddings else 2
+    total += embeddings * blocks(2 * config.vocab_size * width)
+    total += (2 * n + 1) * blocks(2 * width)  # norms
+    for inputs, outputs, bias in layers(config):
+        size = inputs * outputs
+        packed = {
+            "none": [2 * size],
+            "int8": [size, 4 * outputs],  # a scale for each output
+            # 4 bits; 8 for 64 weights, and their mean; 32 for 256 of these; the 16 values
+            "nf4": [size / 2, size / 64, 4, 4 * size / 64 / 256, 64],
+        }
+        total += n * (blocks(*packed[kind]) + (blocks(2 * outputs) if bias else 0))
+    return total
+
+
+def adapter_parts(config, r):
+    "Numbers in each matrix of the adapter."
+    pairs = [(r * inputs, r * outputs) for inputs, outputs, _ in layers(config)]
+    return config.num_hidden_layers * [size for pair in pairs for size in pair]
+
+
+# Plans that several tests look at
+
+
+def short(name, n=2):
+    "A published shape with fewer layers."
+    config = SHAPES[name].__class__(**SHAPES[name].to_dict())
+    config.num_hidden_layers = n
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n]
+    return config
+
+
+def settings(quantization="nf4", **lora):
+    "A run with these settings."
+    model = ModelSettings(name="shape", quantization=quantization)
+    return RunConfig(model=model, lora=LoraSettings(**lora))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    "Plan two layers of Llama-3.1-8B, once for each choice; 2 x 256 tokens if nothing else is said."
+    made = {}
+
+    def plan(quantization="nf4", lora=(), n=2, evaluates=False, device=A100, **work):
+        key = (quantization, lora, n, evaluates, device, *sorted(work.items()))
+        if key not in made:
+            work = Workload(**dict(rows=2, length=256, accumulates=True) | work)
+            cfg = settings(quantization, **dict(lora))
+            made[key] = plan_step(short("Llama-3.1-8B", n), cfg, work, device, evaluates)
+        return made[key]
+
+    return plan
+
+
+# The parts
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_weights_of_published_shapes(name, kind):
+    config, ledger = SHAPES[name], Ledger()
+    model = empty_model(config, kind)
+    with torch.device("meta"):
+        model = setup_lora(model, LoraSettings(r=16))
+    enter_model(model, ledger)
+    held = {"base weights": 0, "adapter": 0}
+    for number in ledger.alive.values():
+        held[ledger.births[number][0]] += ledger.sizes[number]
+    computed = base_bytes(config, kind)
+    assert 0 <= held["base weights"] - computed <= 2048  # the frequencies of the positions
+    assert held["adapter"] == blocks(*(4 * size for size in adapter_parts(config, 16)))
+    if kind == "none":
+        assert computed / 2e9 == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.1-8B", "Phi-4-mini"])
+def test_the_components_of_a_plan(name, kind):
+    config, work = short(name), Workload(2, 256, accumulates=True)
+    plan = plan_step(config, settings(kind, r=8), work, A100, evaluates=False)
+    parts = plan.components
+    assert 0 <= parts["base weights"] - base_bytes(config, kind) <= 2048
+    assert parts["adapter"] == blocks(*(4 * size for size in adapter_parts(config, 8)))
+    assert parts["gradients"] == parts["adapter"]
+    assert parts["optimizer"] == 2 * parts["adapter"]
+    # 32 bits each: log-probabilities, their gradients, and those of the logits
+    logits = 3 * 4 * work.rows * work.length * config.vocab_size
+    assert parts["logits and loss"] == pytest.approx(logits, rel=0.01)
+    assert plan.phase == "backward" and parts["activations"] > 0
+    assert plan.peak_bytes == sum(parts.values()) - parts["context"]
+
+
+def test_an_evaluation_has_twice_the_rows(plans):
+    plan = plans(evaluates=True, checkpointing=1.0)
+    vocabulary = SHAPES["Llama-3.1-8B"].vocab_size
+    # logits in 16 bits, the same in 32, and the log-probabilities
+    logits = (2 + 4 + 4) * 2 * 2 * 256 * vocabulary
+    assert plan.phase == "evaluation"
+    assert plan.components["logits and loss"] == pytest.approx(logits, rel=0.01)
+    without = plans(checkpointing=1.0)
+    assert without.phases.items() <= plan.phases.items() and without.peak_bytes < plan.peak_bytes
+
+
+def test_the_optimizer(plans):
+    sizes = adapter_parts(short("Llama-3.1-8B"), 16)
+    in_8_bits = 2 * (blocks(*sizes) + blocks(*(4 * (size // 256 + 1) for size in sizes)))
+    assert plans(optimizer="adamw_8bit").components["optimizer"] == in_8_bits
+    assert plans(optimizer="paged_adamw_8bit").components["optimizer"] == 0
+    assert plans().components["optimizer"] == 2 * 4 * sum(sizes)
+
+
+def test_gradients_wait_only_where_they_accumulate(plans):
+    waiting, fresh = plans(), plans(accumulates=False)
+    assert waiting.phases["forward"] - fresh.phases["forward"] == waiting.components["adapter"]
+    assert fresh.peak_bytes <= waiting.peak_bytes
+
+
+def test_what_stays_unquantized():
+    sizes = dict(
+        vocab_size=4096, hidden_size=256, num_hidden_layers=2, num_attention_heads=4
+    ) | dict(intermediate_size=512, num_key_value_heads=4)
+
+    def base(config, kind="nf4"):
+        ledger = Ledger()
+        enter_model(empty_model(config, kind), ledger)
+        return sum(ledger.sizes[number] for number in ledger.alive.values())
+
+    tied, loose = (base(LlamaConfig(tie_word_embeddings=t, **sizes)) for t in (True, False))
+    assert loose - tied == 2 * 4096 * 256  # the head, in 16 bits
+    experts = MixtralConfig(num_local_experts=8, **sizes)
+    kept = 2 * 8 * 3 * 256 * 512  # numbers in the experts, which are no layers
+    assert 2 * kept < base(experts) < 2 * kept + 3 * 2 * 4096 * 256
+    falcon = FalconConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=2)
+    assert base(falcon) == base(falcon, "none")  # its layers are of a class of its own
+
+
+# The direction of every change
+
+
+def test_more_needs_more(plans):
+    for key, values in {"rows": (1, 2, 4), "length": (128, 256, 512)}.items():
+        peaks = [plans(**{key: value}).peak_bytes for value in values]
+        assert peaks == sorted(set(peaks)), key
+    peaks = [plans(lora=(("r", r),)).peak_bytes for r in (4, 16, 64)]
+    assert peaks == sorted(set(peaks))
+    stored = [plans(quantization=kind).peak_bytes for kind in ("nf4", "int8", "none")]
+    assert stored == sorted(set(stored))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_more_recomputing_never_needs_more(plans, kind):
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    peaks = [plans(quantization=kind, n=4, checkpointing=share).peak_bytes for share in shares]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < peaks[0]
+
+
+def test_packed_rows(plans):
+    padded, packed = plans(), plans(packed=True)
+    assert packed.peak_bytes == pytest.approx(padded.peak_bytes, rel=0.01)
+    alone, alone_packed = plans(rows=1), plans(rows=1, packed=True)
+    assert alone_packed.phases["forward"] > alone.phases["forward"]  # one row needs a mask now
+
+
+def test_the_same_every_time():
+    config, work = short("Qwen2.5-0.5B"), Workload(2, 128, checkpointing=0.5)
+    first, second = (plan_step(config, settings(), work, A100) for _ in range(2))
+    assert dataclasses.asdict(first) == dataclasses.asdict(second)
+
+
+# Where the config comes from
+
+
+def test_a_folder_with_nothing_but_a_config(tmp_path):
+    config = short("Llama-3.2-1B")
+    config.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    cfg = RunConfig().override(f"model.name={tmp_path}", "model.max_length=128")
+    plan = plan_memory(cfg, A100)
+    assert plan.components == plan_memory(cfg, A100, config).components
+    assert str(tmp_path) in str(plan) and plan.work == workload(cfg, A100)
+
+
+def test_what_cannot_be_planned(refused, tmp_path):
+    small = dict(hidden_size=64, num_hidden_layers=2, vocab_size=500)
+    work = Workload(2, 64, checkpointing=1.0)
+    plan = lambda config, **change: plan_step(
+        config, settings(), dataclasses.replace(work, **change), A100
+    )
+    with refused(ModelError, "not on this machine"):
+        plan_memory(RunConfig().override("model.name=nobody/has-this"), A100)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with refused(ModelError, "no-such-type"):
+        plan_memory(RunConfig().override(f"model.name={tmp_path}"), A100)
+    with refused(ModelError, "'shape' can't be planned", "ViTConfig"):
+        plan(ViTConfig())
+    with refused(ModelError, "can't be planned"):  # heads that do not divide the width
+        plan(LlamaConfig(num_attention_heads=7, num_key_value_heads=3, head_dim=9.5, **small))
+    with refused(ModelError, "does not support activation checkpointing"):
+        plan(JetMoeConfig(**small))
+    with refused(ModelError, "can't be planned", "DataDependent"):  # its experts count tokens
+        plan(JetMoeConfig(**small), checkpointing=0.0)
+    with refused(ModelError, "Mamba"):  # PEFT adapts none of its layers
+        plan(MambaConfig(**small))
+    with refused(ModelError, "gptq"):
+        plan(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}, **small))
+
+
+def test_a_model_that_was_stored_in_4_bits(plans):
+    config = short("Llama-3.1-8B")
+    config.quantization_config = dict(
+        quant_method="bitsandbytes",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    plan = plan_step(config, settings("none"), plans().work, A100, evaluates=False)
+    assert plan.components == plans().components
+
+
+# Real tensors
+
+
+class Watch(TorchDispatchMode):
+    "Notes the results of real operations in a ledger."
+
+    def __init__(self, ledger):
+        super().__init__()
+        self.ledger = ledger
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for item in tree_iter(result):
+            if isinstance(item, torch.Tensor):
+                self.ledger.note(item)
+        return result
+
+
+def watched_step(trainer, rows):
+    "A ledger of a real training step and an evaluation, and the storages of the gradients."
+    model, ledger = trainer.model, Ledger()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        ledger.phase = "adapter" if tensor.requires_grad else "base weights"
+        ledger.note(tensor)
+    ledger.phase = "optimizer"
+    for state in trainer.optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            ledger.note(state[name])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with Watch(ledger):
+        ledger.phase = "forward"
+        batch, count = trainer.data_collator(rows), torch.ones(())
+        loss = trainer.compute_loss(model.train(), batch, num_items_in_batch=count)
+        ledger.phase = "backward"
+        trainer.accelerator.backward(loss)
+        ledger.phase = "step"
+        gradients = {ledger.alive[p.grad.untyped_storage()._cdata] for p in trained}
+        for parameter in trained:
+            parameter.grad = None
+        del loss, batch
+        ledger.phase = "evaluation"
+        trainer.prediction_step(model.eval(), trainer.data_collator(2 * rows), True)
+    return ledger, gradients
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_neox"])
+def test_a_real_step_takes_what_was_planned(family, share, tmp_path):
+    length, sizes = 192, dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4)
+    model = tiny_model(family, head_dim=32, **sizes)
+    cfg = RunConfig(
+        model=ModelSettings(quantization="none"),
+        lora=LoraSettings(r=8),
+        training=TrainingSettings(
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            max_steps=1,
+            gradient_checkpointing=share if 0 < share < 1 else bool(share),
+        ),
+    )
+    work = dataclasses.replace(workload(cfg, CPU), length=length)
+    plan = plan_step(model.config, cfg, work, CPU)
+
+    tokenizer = AutoTokenizer.from_pretrained(builtin_path("model"))
+    ids = [torch.randint(5, 900, [n]).tolist() for n in (length, length - 9)]
+    rows = [{"input_ids": x, "labels": x, "length": len(x)} for x in ids]
+    model, data = setup_lora(model, cfg.lora), Dataset.from_list(rows)
+    trainer = create_trainer(model, tokenizer, data, None, str(tmp_path), cfg.training)
+    trainer.train()  # from the second step on, the optimizer has its state
+    for parameter in model.parameters():
+        parameter.grad = None
+    ledger, gradients = watched_step(trainer, rows)
+
+    peaks = ledger.peaks()
+    for phase, planned in plan.phases.items():
+        assert planned == pytest.approx(peaks[phase][0], rel=0.02), phase
+    found = dict.fromkeys(plan.components, 0)
+    for number in peaks[plan.phase][1]:
+        part = _component(ledger, number, gradients, model.config.vocab_size)
+        found[part] += ledger.sizes[number]
+    peak = sum(found.values())
+    for part, planned in plan.components.items():
+        assert planned == pytest.approx(found[part], rel=0.02, abs=0.005 * peak), part
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_planning_leaves_no_trace(plans, kind):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    plans(quantization=kind, checkpointing=1.0)
+    assert not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu")
+    assert type(torch.ones(2) + 1) is torch.Tensor
+    weight = torch.randn(64, 64)
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert type(state.state2.code) is torch.Tensor
+    assert (dequantize_4bit(packed, state) - weight).abs().mean() < 0.2
+
+
+# A large model in a process of its own
+
+LARGE = """
+import json, resource, sys
+from transformers import LlamaConfig
+from lorabook.config import RunConfig
+from lorabook.hardware import Hardware
+from lorabook.plan import plan_memory
+
+a100 = Hardware("cuda", "A100", 1, 80 * 2**30, (8, 0))
+cfg = RunConfig().override("model.max_length=128")
+plan_memory(cfg, a100)  # imports what it needs
+unit = 1 if sys.platform == "darwin" else 1024
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+before = used()
+plan = plan_memory(cfg, a100, LlamaConfig(**json.loads(%r)))
+print(json.dumps([used() - before, plan.components]))
+"""
+
+
+def test_planning_a_large_model_takes_little_memory(fresh):
+    config = SHAPES["Llama-3.1-8B"]
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    sizes = {name: getattr(config, name) for name in [*names.split(), "num_key_value_heads"]}
+    done = fresh(LARGE % json.dumps(sizes))
+    assert done.returncode == 0, done.stderr
+    grown, parts = json.loads(done.stdout)
+    assert grown < 1e9
+    assert 0 <= parts["base weights"] - base_bytes(config, "nf4") <= 2048
+    assert parts["adapter"] == blocks(*(4 * size for size in adapter_parts(config, 16)))
