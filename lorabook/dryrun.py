@@ -43,6 +43,11 @@ def _quantizer(config, kind, dtype):
         return AutoHfQuantizer.from_config(wanted, pre_quantized=False)
 
 
+def _is_packed(tensor):
+    "Whether a tensor stands for what bitsandbytes packs."
+    return hasattr(tensor, "SCB") or hasattr(tensor, "quant_state")
+
+
 def empty_model(
     config,  # a `PreTrainedConfig` of a causal language model
     kind: str = "none",  # "nf4", "int8" or "none"
@@ -66,6 +71,9 @@ def empty_model(
         quantizer.preprocess_model(model, dtype=dtype, device_map=None)
         quantizer.postprocess_model(model)
         _keep_gradients(model)
+        for module in model.modules():  # bitsandbytes makes biases in 32 bits; loading, in 16
+            if _is_packed(getattr(module, "weight", None)) and module.bias is not None:
+                module.bias.data = module.bias.data.to(dtype)
     return model
 
 # %% ../nbs/39_dryrun.ipynb #dry00009
@@ -163,7 +171,7 @@ def _quantized(weight, dtype):
 
 def _filled(tensor, dtype):
     "A tensor in the ledger like one on the meta device."
-    if hasattr(tensor, "SCB") or hasattr(tensor, "quant_state"):
+    if _is_packed(tensor):
         return _quantized(tensor, dtype)
     empty = torch.empty(tensor.shape, dtype=tensor.dtype)
     if isinstance(tensor, torch.nn.Parameter):

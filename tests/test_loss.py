@@ -2,8 +2,10 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 
@@ -181,6 +183,28 @@ TRAINED_HEADS = {
 def test_heads_that_are_trained(adapt, tied):
     model = stir(adapt(lively(tie_word_embeddings=tied)))
     assert_same(model.train())
+    assert check_loss(model) is None
+
+
+def test_a_head_that_waits_elsewhere():
+    model = adapted()
+    wanted = own_loss(model, PADDED)
+    gradient = gradient_of(wanted, model)
+    head = model.get_output_embeddings()
+    cpu_offload(head, execution_device=torch.device("cpu"))
+    loss = trained_loss(model, PADDED)
+    assert head.weight.is_meta and loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert torch.allclose(gradient_of(loss, model), gradient, atol=1e-6)
+
+
+def test_quantized_head():
+    model = adapted()
+    base, head = model.get_base_model(), bitsandbytes.nn.Linear4bit(32, 128, bias=False)
+    head.weight = bitsandbytes.nn.Params4bit(base.lm_head.weight.data, requires_grad=False)
+    head.support_avx512bf16_for_cpu = False
+    base.lm_head = head.to("cpu")
+    assert head.weight.dtype is torch.uint8
+    assert_same(model)
     assert check_loss(model) is None
 
 

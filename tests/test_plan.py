@@ -1,6 +1,7 @@
 """The memory plan against arithmetic, against real tensors, and against itself."""
 
 import dataclasses
+import gc
 import json
 import math
 
@@ -185,6 +186,7 @@ def test_the_weights_of_published_shapes(name, kind):
     with torch.device("meta"):
         model = setup_lora(model, LoraSettings(r=16))
     enter_model(model, ledger)
+    gc.collect()  # what was needed on the way may hang in cycles
     held = {"base weights": 0, "adapter": 0}
     for number in ledger.alive.values():
         held[ledger.births[number][0]] += ledger.sizes[number]
@@ -243,8 +245,8 @@ def test_what_stays_unquantized():
     ) | dict(intermediate_size=512, num_key_value_heads=4)
 
     def base(config, kind="nf4"):
-        ledger = Ledger()
-        enter_model(empty_model(config, kind), ledger)
+        ledger, model = Ledger(), empty_model(config, kind)
+        enter_model(model, ledger)
         return sum(ledger.sizes[number] for number in ledger.alive.values())
 
     tied, loose = (base(LlamaConfig(tie_word_embeddings=t, **sizes)) for t in (True, False))
@@ -252,7 +254,7 @@ def test_what_stays_unquantized():
     experts = MixtralConfig(num_local_experts=8, **sizes)
     kept = 2 * 8 * 3 * 256 * 512  # numbers in the experts, which are no layers
     assert 2 * kept < base(experts) < 2 * kept + 3 * 2 * 4096 * 256
-    falcon = FalconConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=2)
+    falcon = FalconConfig(num_attention_heads=4, **{k: sizes[k] for k in list(sizes)[:3]})
     assert base(falcon) == base(falcon, "none")  # its layers are of a class of its own
 
 
@@ -316,8 +318,6 @@ def test_what_cannot_be_planned(refused, tmp_path):
         plan_memory(RunConfig().override(f"model.name={tmp_path}"), A100)
     with refused(ModelError, "'shape' can't be planned", "ViTConfig"):
         plan(ViTConfig())
-    with refused(ModelError, "can't be planned"):  # heads that do not divide the width
-        plan(LlamaConfig(num_attention_heads=7, num_key_value_heads=3, head_dim=9.5, **small))
     with refused(ModelError, "does not support activation checkpointing"):
         plan(JetMoeConfig(**small))
     with refused(ModelError, "can't be planned", "DataDependent"):  # its experts count tokens

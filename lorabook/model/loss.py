@@ -95,9 +95,8 @@ def measure_tail(
     model,  # a causal language model, with an adapter or without
 ) -> Tail:  # raises `ModelError`
     "Give a model known numbers in place of its head's output, and look at its logits."
-    device = _unwrap(model).get_input_embeddings().weight.device
-    ids = torch.ones([1, 2], dtype=torch.long, device=device)
-    given = []
+    embedding, given = _unwrap(model).get_input_embeddings().weight, []
+    ids = torch.ones_like(embedding[:1, :2], dtype=torch.long)
 
     def answer(head, args, output):
         given.append(_PROBES[:, None].repeat(1, output.shape[-1]))
@@ -115,10 +114,10 @@ def measure_tail(
             if torch.allclose(logits, tail(given[0]), rtol=1e-4, atol=0):
                 return tail
     found = f"{_PROBES.tolist()} became {logits[:, 0].tolist()}"
-    raise _refuse(model, "changes its logits in a way that is not known here.", found)
+    raise _refuse(model, "makes its logits in a way that is not known here.", found)
 
-# %% ../../nbs/22_model.loss.ipynb #f73e4d33
-_ROWS, _BYTES = 256, 64 * 2**20  # a part has so many positions, or more that take so many bytes
+# %% ../../nbs/22_model.loss.ipynb #f39195fd
+_ROWS, _BYTES = 256, 64 * 2**20  # a part has up to so many positions, or logits of that size
 
 
 def _count_parts(positions, vocabulary):
