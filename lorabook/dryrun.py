@@ -236,7 +236,7 @@ class _GpuRules(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if name in _WIDENED and torch.is_autocast_enabled("cpu"):
             args = tree_map(lambda x: x.float() if _is_half(x) else x, args)
-        elif name in _SUMMED and torch.is_autocast_enabled("cpu") and any(map(_is_half, args[:1])):
+        elif name in _SUMMED and torch.is_autocast_enabled("cpu") and args and _is_half(args[0]):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float32}
         return function(*args, **kwargs)
 

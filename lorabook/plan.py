@@ -21,7 +21,7 @@ from .hardware import Hardware, choose_quantization, compute_dtype, detect_hardw
 from .model.adapter import recompute_layers, setup_lora
 from .model.load import load_config
 
-# %% ../nbs/40_plan.ipynb #80ef88d8
+# %% ../nbs/40_plan.ipynb #b44bd72b
 @dataclasses.dataclass(frozen=True)
 class Workload:
     "What a step works on."
@@ -63,7 +63,7 @@ def _batch(rows, length, packed):
         batch["attention_mask"] = torch.ones_like(ids)
     return batch
 
-# %% ../nbs/40_plan.ipynb #28015c36
+# %% ../nbs/40_plan.ipynb #d6053123
 def optimizer_state(
     parameters: list,  # those that are trained
     name: str,  # as `optim` in `TrainingArguments`
@@ -219,7 +219,7 @@ class MemoryPlan:
         head = str(self).splitlines()[:2]
         return "  \n".join(head) + "\n\n| component | GB |\n|---|---:|\n" + "\n".join(rows)
 
-# %% ../nbs/40_plan.ipynb #e027c9e8
+# %% ../nbs/40_plan.ipynb #29ed6d65
 @contextmanager
 def _quietly():
     "Nothing is printed that has to do with tensors without content."

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from ..errors import HardwareError
 from ..memory import MemoryLog, tensor_peak
 from ..pictures import figure_html, show_size
-from ..plan import optimizer_state, plan_memory
+from ..plan import optimizer_state
 
 # %% ../../nbs/60_train.callbacks.ipynb #e9f29506
 class HistoryCallback(TrainerCallback):
