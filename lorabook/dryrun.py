@@ -78,7 +78,7 @@ def empty_model(
 
 # %% ../nbs/39_dryrun.ipynb #dry00009
 _DEVICE = torch.ops.prim.device.default
-_MOST = 200_000  # tensors in a dry run; a model of 400 billion parameters makes about 100,000
+_MOST = 150_000  # tensors in a dry run; a model of 126 layers makes about 70,000
 
 
 class Ledger(FakeTensorMode):

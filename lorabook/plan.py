@@ -247,6 +247,13 @@ def _dry_run(config, cfg, work, device, evaluates):
     return ledger, gradients, stored
 
 
+def _reason(error):
+    "Why a model can't take a step without its numbers, in one line."
+    if hasattr(error, "func"):  # raised by torch
+        return f"what it computes next depends on the numbers in its tensors ({error.func})"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+
+
 def plan_step(
     config,  # a `PreTrainedConfig` of a causal language model
     cfg: RunConfig,  # `model` and `lora` are used
@@ -263,7 +270,7 @@ def plan_step(
     except Exception as error:
         raise ModelError(
             f"A training step of {cfg.model.name!r} can't be planned.",
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}",
+            _reason(error),
             "It may train all the same, without a plan; if it doesn't, this is why.",
         ) from error
     peaks = {phase: peak for phase, peak in ledger.peaks().items() if phase in _PHASES}
