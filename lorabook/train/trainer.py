@@ -82,6 +82,40 @@ def _sampling(by_length):
     return {"group_by_length": by_length}
 
 
+_FIXED = dict(  # correct training depends on these, or lorabook has its own in their place
+    prediction_loss_only=True,
+    label_names=["labels"],
+    remove_unused_columns=False,
+    logging_nan_inf_filter=False,
+    disable_tqdm=True,
+)
+_SAME_NAME = (
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "logging_steps",
+    "save_total_limit",
+    "report_to",
+)
+
+
+def _keeping_the_best(cfg, has_eval):
+    "When to evaluate and to save; with evaluations, the best is loaded at the end."
+    every = cfg.eval_steps or cfg.logging_steps
+    return dict(
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=cfg.save_steps or 2 * every,
+        load_best_model_at_end=has_eval,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+    )
+
+
 def training_arguments(
     cfg: TrainingSettings,  # the training section of a config
     model,  # decides the compute dtype, the device and the learning rate
@@ -92,44 +126,20 @@ def training_arguments(
 ) -> TrainingArguments:  # raises `ConfigError`
     "The config in the words of transformers."
     weight = model.get_input_embeddings().weight
-    on_cpu, every = weight.device.type == "cpu", cfg.eval_steps or cfg.logging_steps
+    on_cpu, auto_rate = weight.device.type == "cpu", cfg.learning_rate == "auto"
     rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
-    names = (
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_train_epochs",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "logging_steps",
-        "save_total_limit",
-        "report_to",
-    )
-    values = {name: getattr(cfg, name) for name in names} | dict(
+    values = {name: getattr(cfg, name) for name in _SAME_NAME} | _FIXED
+    values |= _keeping_the_best(cfg, has_eval) | dict(
         output_dir=str(output_dir),
         seed=seed,
         use_cpu=on_cpu,
         **mixed_precision(weight.dtype),
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=2 * rows,
-        learning_rate=suggest_learning_rate(model)
-        if cfg.learning_rate == "auto"
-        else cfg.learning_rate,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=every,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=cfg.save_steps or 2 * every,
-        load_best_model_at_end=has_eval,
-        metric_for_best_model="eval_loss" if has_eval else None,
-        greater_is_better=False if has_eval else None,
+        learning_rate=suggest_learning_rate(model) if auto_rate else cfg.learning_rate,
         **_checkpointing(_recomputed(cfg, on_cpu) == 1),
         **_sampling(by_length),
         dataloader_pin_memory=not on_cpu,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
     )
     try:
         return TrainingArguments(**values | _passed_through(cfg))
