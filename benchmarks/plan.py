@@ -21,7 +21,8 @@ def measure(name):
     from transformers import AutoConfig
 
     from lorabook.config import RunConfig
-    from lorabook.devices import DEVICES, device_table
+    from lorabook.devices import device_table
+    from lorabook.hardware import DEVICES
     from lorabook.memory import MemoryTimeline
     from lorabook.plan import plan_memory
 
@@ -33,10 +34,10 @@ def measure(name):
     with timeline:
         timeline.mark("imports")
         start = time.perf_counter()
-        plan = plan_memory(cfg, DEVICES["A100 80 GB"], config)
+        plan = plan_memory(cfg, "A100 80", config)
         planned = time.perf_counter()
         timeline.mark("plan")
-        table = device_table(cfg, config, list(DEVICES.values()))
+        table = device_table(cfg, config, [*DEVICES])
         tabled = time.perf_counter()
         timeline.mark("table")
     imports, *later = timeline.rows

@@ -11,7 +11,7 @@ import sys
 
 from . import __version__
 from .config import RunConfig
-from .errors import HardwareError, LorabookError
+from .errors import LorabookError
 
 # %% ../nbs/81_cli.ipynb #adf41a3b
 def _parser():
@@ -56,16 +56,12 @@ def _read_config(words):
 
 def _plan(cfg, name):
     "Print what a run needs, where it fits, and what would be chosen."
-    from lorabook.devices import DEVICES, device_table, fit
+    from lorabook.devices import device_table, fit
+    from lorabook.hardware import find_device
 
-    cards = [card for card in DEVICES.values() if name and name.lower() in card.name.lower()]
-    if name and len(cards) != 1:
-        raise HardwareError(
-            "`--device` names no card, or several.", name, f"One of: {', '.join(DEVICES)}."
-        )
+    device = find_device(name)
     print(device_table(cfg))
-    found = fit(cfg, *cards)
-    print(f"\nThe fastest settings for {found.plan.device.name}:", found, sep="\n")
+    print(f"\nThe fastest settings for {device.name}:", fit(cfg, name), sep="\n")
 
 
 def main(

@@ -13,14 +13,18 @@ import weakref
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from .config import ModelSettings
-from .errors import ModelError
+from .errors import PlanError
 from .model.load import _keep_gradients, _quantization_config
 
 # %% ../nbs/39_dryrun.ipynb #dry00005
@@ -32,7 +36,7 @@ def _quantizer(config, kind, dtype):
     if stored := getattr(config, "quantization_config", None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         if method != "bitsandbytes":
-            raise ModelError(
+            raise PlanError(
                 "The weights of this model are quantized in a way that can't be planned.",
                 f"{getattr(method, 'value', method)}, in its `quantization_config`",
                 "Take the model that it was made from, or train it without a plan.",
@@ -53,7 +57,7 @@ def empty_model(
     kind: str = "none",  # "nf4", "int8" or "none"
     dtype: torch.dtype = torch.bfloat16,  # of compute
     cfg: ModelSettings | None = None,  # `attn_implementation` and `trust_remote_code` are used
-):  # a `PreTrainedModel` on the meta device; raises `ModelError`
+):  # a `PreTrainedModel` on the meta device; raises `PlanError`
     "Build a model without its weights, with the layers that it will be loaded with."
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -79,6 +83,22 @@ def empty_model(
 # %% ../nbs/39_dryrun.ipynb #dry00009
 _DEVICE = torch.ops.prim.device.default
 _MOST = 150_000  # tensors in a dry run; a model of 126 layers makes about 70,000
+_META = torch.device("meta")
+_USUAL = {  # each has one tensor as its result
+    getattr(getattr(torch.ops.aten, name), overload or "default")
+    for name, _, overload in (
+        usual.partition(".")
+        for usual in "view _unsafe_view t transpose.int expand unsqueeze slice.Tensor detach "
+        "clone _to_copy empty.memory_format empty_like mm add.Tensor add_.Tensor sub.Tensor "
+        "mul.Tensor mul.Scalar div.Scalar neg pow.Tensor_Scalar rsqrt mean.dim sum.dim_IntList "
+        "silu silu_backward slice_backward".split()
+    )
+}
+
+
+def _is_empty(x):
+    "Whether an argument is a tensor of which nobody knows the content, or none."
+    return not isinstance(x, torch.Tensor) or type(x) is FakeTensor and x.constant is None
 
 
 class Ledger(FakeTensorMode):
@@ -93,7 +113,7 @@ class Ledger(FakeTensorMode):
         "Write down a birth; returns the number of the storage."
         number = len(self.sizes)
         if number == _MOST:
-            raise ModelError(
+            raise PlanError(
                 "A step of this model is too long for a dry run.",
                 f"more than {_MOST:,} tensors; it may go over its tokens one at a time",
                 "Shorten `model.max_length`, or train it without a plan.",
@@ -115,9 +135,25 @@ class Ledger(FakeTensorMode):
         self.events.append((number, -1))
         self.alive.pop(key, None)
 
-    def dispatch(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         "Called for every operation."
-        if function is _DEVICE or self.inside:  # a question, or a part of what is one on a device
+        if function is _DEVICE:
+            return args[0].fake_device
+        usual = function in _USUAL and not self.inside and all(map(_is_empty, args))
+        if not usual:
+            return super().__torch_dispatch__(function, types, args, kwargs or {})
+        if kwargs and kwargs.get("device"):
+            kwargs = kwargs | {"device": _META}
+        with in_kernel_invocation_manager(self):
+            result = function(*args, **kwargs or {})
+        if type(result) is not FakeTensor:  # in place, it is the argument
+            result = FakeTensor(self, result, torch.device("cpu"))
+            self.note(result)
+        return result
+
+    def dispatch(self, function, types, args=(), kwargs=None):
+        "Called for all that is not usual."
+        if self.inside:  # a part of what is one operation on a device
             return super().dispatch(function, types, args, kwargs)
         packed = function.name() == "bitsandbytes::gemm_4bit"  # unpacks its weight meanwhile
         meanwhile = self._enter(2 * math.prod(args[2]), args[2]) if packed else None

@@ -16,10 +16,11 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 
 from .config import RunConfig
 from .dryrun import Ledger, empty_model, enter_model, gpu_rules, recompute_by_gpu_rules
-from .errors import LorabookError, ModelError
-from .hardware import Hardware, choose_quantization, compute_dtype, detect_hardware
+from .errors import LorabookError, PlanError
+from .hardware import Hardware, choose_quantization, compute_dtype, find_device
 from .model.adapter import recompute_layers, setup_lora
 from .model.load import load_config
+from .pictures import show_size
 
 # %% ../nbs/40_plan.ipynb #b44bd72b
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,8 @@ class MemoryPlan:
     components: dict  # name -> bytes, at the peak
     phases: dict  # forward, backward, evaluation -> bytes at its highest point
     work: Workload  # what was planned
-    model: str  # its name, the storage of its weights, and the compute dtype
+    model: str  # its name and type
+    stored: str  # what its weights are stored in, such as NF4
     device: Hardware  # that it was planned for
 
     @property
@@ -199,25 +201,25 @@ class MemoryPlan:
 
     def __str__(self):
         memory = self.device.memory_bytes
-        share = self.needed_bytes / memory
+        share, recomputed = self.needed_bytes / memory, self.work.checkpointing
         lines = [
-            f"{self.model}: {self.work.rows} x {self.work.length} tokens"
+            f"{self.model}, weights in {self.stored}: {self.work.rows} x {self.work.length} tokens"
             + (", packed" if self.work.packed else "")
-            + (f", {self.work.checkpointing:.0%} recomputed" if self.work.checkpointing else ""),
-            f"needs {self.needed_bytes / 1e9:.2f} of the {memory / 1e9:.1f} GB of "
-            f"{self.device.name} ({share:.0%}), at most in the {self.phase}",
+            + (f", {recomputed:.0%} of the layers recomputed" if recomputed else ""),
+            f"needs {show_size(self.needed_bytes)} of the {show_size(memory)} of "
+            f"{self.device.name} ({share:.0%}), most of all in the {self.phase}",
         ]
         widest = max(self.components.values())
         for name, size in self.components.items():
             if size:
-                bar = "█" * max(1, round(30 * size / widest))
-                lines.append(f"  {name:<16}{size / 1e9:8.2f} GB  {bar}")
+                bar = "█" * round(30 * size / widest)
+                lines.append(f"  {name:<16}{show_size(size):>8}  {bar}".rstrip())
         return "\n".join(lines)
 
     def _repr_markdown_(self):
-        rows = [f"| {name} | {size / 1e9:.2f} |" for name, size in self.components.items() if size]
+        rows = [f"| {name} | {show_size(size)} |" for name, size in self.components.items() if size]
         head = str(self).splitlines()[:2]
-        return "  \n".join(head) + "\n\n| component | GB |\n|---|---:|\n" + "\n".join(rows)
+        return "  \n".join(head) + "\n\n| component | |\n|---|---:|\n" + "\n".join(rows)
 
 # %% ../nbs/40_plan.ipynb #29ed6d65
 @contextmanager
@@ -260,7 +262,7 @@ def plan_step(
     work: Workload,  # what a step works on
     device: Hardware,  # where it is to run
     evaluates: bool = True,  # whether there will be evaluations
-) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `HardwareError`
+) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "Follow the memory of one training step."
     try:
         with _quietly():
@@ -268,7 +270,7 @@ def plan_step(
     except LorabookError:
         raise
     except Exception as error:
-        raise ModelError(
+        raise PlanError(
             f"A training step of {cfg.model.name!r} can't be planned.",
             _reason(error),
             "It may train all the same, without a plan; if it doesn't, this is why.",
@@ -280,16 +282,17 @@ def plan_step(
     for number in peaks[phase][1]:
         components[_component(ledger, number, gradients, vocabulary)] += ledger.sizes[number]
     components["context"] = _CONTEXT.get(device.device, 0)
-    name = f"{cfg.model.name} ({config.model_type}, weights in {stored})"
-    return MemoryPlan(components, {k: v[0] for k, v in peaks.items()}, work, name, device)
+    phases = {phase: most for phase, (most, _) in peaks.items()}
+    name = f"{cfg.model.name} ({config.model_type})"
+    return MemoryPlan(components, phases, work, name, stored, device)
 
 
 def plan_memory(
     cfg: RunConfig | None = None,  # None: the built-in run
-    device: Hardware | None = None,  # None: this machine
+    device: Hardware | str | None = None,  # or a card's name, such as "T4"; None: this machine
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`, without its weights
-) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `HardwareError`
+) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "What a run will need, from the model's config alone."
-    cfg, device = cfg or RunConfig(), device or detect_hardware()
+    cfg, device = cfg or RunConfig(), find_device(device)
     config = config or load_config(cfg.model.name, cfg.model)
     return plan_step(config, cfg, workload(cfg, device), device)

@@ -55,9 +55,9 @@ class RunResult:
             scores,
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
-            peak_memory_bytes=self.memory.peak,
-            planned_bytes=self.memory.planned,
-            trained_bytes=self.memory.measured,
+            peak_memory_bytes=self.memory.peak,  # on a CPU, of the process with its libraries
+            planned_tensor_bytes=self.memory.planned,
+            measured_tensor_bytes=self.memory.measured,
             trainable_parameters=self.trainable.trainable,
             total_parameters=self.trainable.total,
             adapter_dir=str(self.adapter_dir),

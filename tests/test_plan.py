@@ -29,7 +29,7 @@ from lorabook.config import (
     TrainingSettings,
 )
 from lorabook.dryrun import Ledger, empty_model, enter_model
-from lorabook.errors import ModelError
+from lorabook.errors import ModelError, PlanError
 from lorabook.hardware import Hardware
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
@@ -321,15 +321,15 @@ def test_what_cannot_be_planned(refused, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with refused(ModelError, "no-such-type"):
         plan_memory(RunConfig().override(f"model.name={tmp_path}"), A100)
-    with refused(ModelError, "'shape' can't be planned", "ViTConfig"):
+    with refused(PlanError, "'shape' can't be planned", "ViTConfig"):
         plan(ViTConfig())
-    with refused(ModelError, "does not support activation checkpointing"):
+    with refused(PlanError, "does not support activation checkpointing"):
         plan(JetMoeConfig(**small))
-    with refused(ModelError, "can't be planned", "depends on the numbers"):  # counts its tokens
+    with refused(PlanError, "can't be planned", "depends on the numbers"):  # counts its tokens
         plan(JetMoeConfig(**small), checkpointing=0.0)
     with refused(ModelError, "Mamba"):  # PEFT adapts none of its layers
         plan(MambaConfig(**small))
-    with refused(ModelError, "gptq"):
+    with refused(PlanError, "gptq"):
         plan(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}, **small))
 
 
