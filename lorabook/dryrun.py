@@ -83,22 +83,34 @@ def empty_model(
 # %% ../nbs/39_dryrun.ipynb #dry00009
 _DEVICE = torch.ops.prim.device.default
 _MOST = 150_000  # tensors in a dry run; a model of 126 layers makes about 70,000
-_META = torch.device("meta")
-_USUAL = {  # each has one tensor as its result
-    getattr(getattr(torch.ops.aten, name), overload or "default")
-    for name, _, overload in (
-        usual.partition(".")
-        for usual in "view _unsafe_view t transpose.int expand unsqueeze slice.Tensor detach "
-        "clone _to_copy empty.memory_format empty_like mm add.Tensor add_.Tensor sub.Tensor "
-        "mul.Tensor mul.Scalar div.Scalar neg pow.Tensor_Scalar rsqrt mean.dim sum.dim_IntList "
-        "silu silu_backward slice_backward".split()
-    )
-}
+_CPU = torch.device("cpu")
 
 
-def _is_empty(x):
-    "Whether an argument is a tensor of which nobody knows the content, or none."
-    return not isinstance(x, torch.Tensor) or type(x) is FakeTensor and x.constant is None
+@functools.cache
+def _gives(function):
+    "What the result of an operation is: a view of its first argument, the same as it, or new."
+    (first, *more), tags = function._schema.returns or [None], function.tags
+    if function is torch.ops.aten._unsafe_view.default:  # which does not say so
+        return "view"
+    if more or first is None or str(first.type) != "Tensor" or torch.Tag.inplace_view in tags:
+        return "new"
+    if first.alias_info is None:
+        return "new"
+    return "same" if first.alias_info.is_write else "view"
+
+
+def _is_blank(x):
+    "Whether an argument is a tensor without content."
+    return type(x) is FakeTensor and x.constant is None
+
+
+def _outline(x):
+    "All that decides about a result; raises `TypeError` where that may be content."
+    if isinstance(x, torch.Tensor):
+        if getattr(x, "constant", None) is not None:
+            raise TypeError
+        return x.dtype, x.shape, x.stride(), x.storage_offset()
+    return tuple(map(_outline, x)) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 class Ledger(FakeTensorMode):
@@ -108,6 +120,7 @@ class Ledger(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.sizes, self.births, self.events = {}, {}, []  # storage -> bytes; -> phase, shape, grad
         self.phase, self.alive, self.inside = "base weights", {}, False
+        self.known = {}  # operations and their arguments -> results
 
     def _enter(self, size, shape):
         "Write down a birth; returns the number of the storage."
@@ -139,24 +152,58 @@ class Ledger(FakeTensorMode):
         "Called for every operation."
         if function is _DEVICE:
             return args[0].fake_device
-        usual = function in _USUAL and not self.inside and all(map(_is_empty, args))
-        if not usual:
+        if self.inside:  # a part of what is one operation on a device
             return super().__torch_dispatch__(function, types, args, kwargs or {})
-        if kwargs and kwargs.get("device"):
-            kwargs = kwargs | {"device": _META}
-        with in_kernel_invocation_manager(self):
-            result = function(*args, **kwargs or {})
-        if type(result) is not FakeTensor:  # in place, it is the argument
-            result = FakeTensor(self, result, torch.device("cpu"))
-            self.note(result)
+        if function.name() != "bitsandbytes::gemm_4bit":
+            return self._compute(function, types, args, kwargs or {})
+        meanwhile = self._enter(2 * math.prod(args[2]), args[2])  # the weight is unpacked
+        result = self._compute(function, types, args, kwargs or {})
+        self.events.append((meanwhile, -1))
         return result
 
+    def _compute(self, function, types, args, kwargs):
+        "The result of an operation, without asking torch if it can be told."
+        gives, target = _gives(function), kwargs.get("out", args[0] if args else None)
+        if gives == "view" and _is_blank(target):
+            with in_kernel_invocation_manager(self):
+                return FakeTensor(self, function(*args, **kwargs), _CPU)
+        if gives == "same" and _is_blank(target):
+            return target
+        try:
+            key = function, _outline(args), _outline(sorted(kwargs.items()))
+            if key in self.known:
+                return self._repeat(*self.known[key])
+        except TypeError:
+            key = None
+        born = len(self.sizes)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if key:
+            self._remember(key, result, born)
+        return result
+
+    def _remember(self, key, result, born):
+        "Note what the results look like, if each has a storage of its own that is new."
+        results = result if type(result) is tuple else (result,)
+        if len(self.sizes) != born + len(results) or {type(x) for x in results} != {FakeTensor}:
+            return
+        exact = all(x.untyped_storage().nbytes() == x.numel() * x.itemsize for x in results)
+        if exact and all(x.constant is None for x in results):
+            shapes = [(x.shape, x.stride(), x.dtype) for x in results]
+            self.known[key] = shapes, type(result) is tuple
+
+    def _repeat(self, shapes, several):
+        "Results that look like those of last time."
+        results = []
+        for shape, stride, dtype in shapes:
+            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            results.append(FakeTensor(self, empty, _CPU))
+            self.note(results[-1])
+        return tuple(results) if several else results[0]
+
     def dispatch(self, function, types, args=(), kwargs=None):
-        "Called for all that is not usual."
-        if self.inside:  # a part of what is one operation on a device
+        "Called for what torch has to be asked."
+        if self.inside:
             return super().dispatch(function, types, args, kwargs)
-        packed = function.name() == "bitsandbytes::gemm_4bit"  # unpacks its weight meanwhile
-        meanwhile = self._enter(2 * math.prod(args[2]), args[2]) if packed else None
         self.inside = True
         try:
             result = super().dispatch(function, types, args, kwargs)
@@ -165,8 +212,6 @@ class Ledger(FakeTensorMode):
         for item in tree_iter(result):
             if isinstance(item, torch.Tensor):
                 self.note(item)
-        if packed:
-            self.events.append((meanwhile, -1))
         return result
 
     def peaks(self):

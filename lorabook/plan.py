@@ -16,10 +16,11 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 
 from .config import RunConfig
 from .dryrun import Ledger, empty_model, enter_model, gpu_rules, recompute_by_gpu_rules
-from .errors import LorabookError, PlanError
+from .errors import LorabookError, LossError, PlanError
 from .hardware import Hardware, choose_quantization, compute_dtype, find_device
 from .model.adapter import recompute_layers, setup_lora
 from .model.load import load_config
+from .model.loss import Tail, trained_loss
 from .pictures import show_size
 
 # %% ../nbs/40_plan.ipynb #b44bd72b
@@ -32,6 +33,7 @@ class Workload:
     packed: bool = False  # rows of several conversations
     accumulates: bool = False  # gradients of earlier micro-batches wait
     checkpointing: float = 0.0  # share of the layers that are recomputed
+    own_loss: bool = False  # of the model, with all logits, in place of that of chapter 22
     optimizer: str = "adamw_torch"  # as `optim` in `TrainingArguments`
 
 
@@ -50,6 +52,7 @@ def workload(
         packed=cfg.data.packing,
         accumulates=training.gradient_accumulation_steps > 1,
         checkpointing=float(recomputes),
+        own_loss=bool(getattr(training, "label_smoothing_factor", 0)),
         optimizer=str(getattr(training, "optim", "adamw_torch")),
     )
 
@@ -91,7 +94,7 @@ def _train(model, forward, work, ledger):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     ledger.phase = "forward"
-    loss = forward(work.rows, num_items_in_batch=torch.ones(())).loss
+    loss = forward(work.rows, torch.ones(()))
     ledger.phase = "backward"
     loss.backward()
     ledger.phase = "step"
@@ -102,19 +105,31 @@ def _train(model, forward, work, ledger):
     return state, gradients
 
 
+def _compute_as(model, dtype, rules):
+    "Let a model compute under autocast, as accelerate does, and under rules."
+    forward, cast = model.forward, dtype in (torch.bfloat16, torch.float16)
+
+    def run(**batch):
+        with torch.autocast("cpu", dtype) if cast else nullcontext(), rules():
+            return forward(**batch)
+
+    model.forward = ConvertOutputsToFp32(run) if cast else run
+
+
 def _run_step(model, work, dtype, ledger, device, evaluates):
     "A training step and an evaluation; returns the storages of the gradients."
     rules = nullcontext if device.device == "cpu" else gpu_rules
-    cast = dtype in (torch.bfloat16, torch.float16)
-    autocast = lambda: torch.autocast("cpu", dtype) if cast else nullcontext()
-    run = ConvertOutputsToFp32(model.forward) if cast else model.forward
+    tail = Tail(cap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
-    def forward(rows, **extra):
-        batch = _batch(rows, work.length, work.packed)
-        with autocast(), rules():
-            return run(**batch, use_cache=False, **extra)
+    def forward(rows, count=None):
+        batch = _batch(rows, work.length, work.packed) | {"use_cache": False}
+        if work.own_loss:
+            return model(**batch, num_items_in_batch=count).loss
+        at = torch.arange(rows * (work.length - 1))
+        return trained_loss(model, batch, count, at, tail)
 
     recompute_layers(model, work.checkpointing)
+    _compute_as(model, dtype, rules)
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)
     with ledger:
@@ -267,6 +282,9 @@ def plan_step(
     try:
         with _quietly():
             ledger, gradients, stored = _dry_run(config, cfg, work, device, evaluates)
+    except LossError:  # so the trainer will use the model's own
+        work = dataclasses.replace(work, own_loss=True)
+        return plan_step(config, cfg, work, device, evaluates)
     except LorabookError:
         raise
     except Exception as error:

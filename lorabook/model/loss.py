@@ -11,11 +11,12 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ModelError
+from ..errors import LossError
 
 # %% ../../nbs/22_model.loss.ipynb #c10c943f
 def _unwrap(model):
@@ -25,7 +26,7 @@ def _unwrap(model):
 
 def _refuse(model, happened, found):
     "The error for a model whose loss is not computed here."
-    return ModelError(
+    return LossError(
         f"{type(_unwrap(model)).__name__} {happened}",
         found,
         "Train it with the loss of its own forward.",
@@ -93,7 +94,7 @@ def _evaluating(model):
 
 def measure_tail(
     model,  # a causal language model, with an adapter or without
-) -> Tail:  # raises `ModelError`
+) -> Tail:  # raises `LossError`
     "Give a model known numbers in place of its head's output, and look at its logits."
     embedding, given = _unwrap(model).get_input_embeddings().weight, []
     ids = torch.ones_like(embedding[:1, :2], dtype=torch.long)
@@ -189,19 +190,28 @@ def _is_frozen_linear(head):
     "Whether a head is a linear layer with plain weights that are at hand and not trained."
     if type(head) is not torch.nn.Linear or any(p.requires_grad for p in head.parameters()):
         return False
-    return type(head.weight.data) is torch.Tensor and not head.weight.is_meta
+    plain = type(head.weight.data) in (torch.Tensor, FakeTensor)  # the latter in a dry run
+    return plain and not head.weight.is_meta
 
 # %% ../../nbs/22_model.loss.ipynb #6838e1b0
 _TAILS = weakref.WeakKeyDictionary()  # of the models seen so far, so that each is measured once
 
 
-def _loss(model, batch, num_items, hidden, autocast):
-    "The loss of a batch from what goes into the head."
+def _following(labels):
+    "For each position, one row after the other, the label of the next; -100: none."
+    return pad(labels[:, 1:], (0, 1), value=-100).flatten()
+
+
+def _tail(model):
+    "The tail of a model; it is measured once."
     if model not in _TAILS:
         _TAILS[model] = measure_tail(model)
-    head, tail, labels = _head(model), _TAILS[model], batch["labels"]
-    following = pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    at = (following != -100).nonzero().squeeze(1)
+    return _TAILS[model]
+
+
+def _loss(model, labels, num_items, at, tail, hidden, autocast):
+    "The loss of a batch from what goes into the head."
+    head, following = _head(model), _following(labels)
     picked = hidden.flatten(0, 1).index_select(0, at.to(hidden.device))
     following = following[at]
     if _is_frozen_linear(head):
@@ -221,19 +231,24 @@ def trained_loss(
     model,  # a causal language model, with an adapter or without
     batch: dict,  # `input_ids`, `labels` and the like, [rows, length], from a collator
     num_items: torch.Tensor | int | None = None,  # tokens to divide by; None: those of the batch
-) -> torch.Tensor:  # a float32 scalar; raises `ModelError`
+    at: torch.Tensor | None = None,  # positions to predict from, counted through; None: all trained
+    tail: Tail | None = None,  # None: as it is measured, once for each model
+) -> torch.Tensor:  # a float32 scalar; raises `LossError`
     "Next-token loss on the positions that have a label."
-    return _loss(model, batch, num_items, *_run_body(model, batch))
+    at = (_following(batch["labels"]) != -100).nonzero().squeeze(1) if at is None else at
+    hidden, autocast = _run_body(model, batch)
+    return _loss(model, batch["labels"], num_items, at, tail or _tail(model), hidden, autocast)
 
 # %% ../../nbs/22_model.loss.ipynb #8607bcd0
 def _difference(model, batch):
     "How the two losses of a batch differ, in words; None: they don't."
-    output, following = model(**batch), batch["labels"][:, 1:].flatten()
-    plain = cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), following)
+    output, following = model(**batch), _following(batch["labels"])
+    plain = cross_entropy(output.logits.flatten(0, 1).float(), following)
     if not torch.isclose(output.loss.float(), plain, rtol=1e-5):
         return f"its own loss, {output.loss:.6g}, is not the next-token loss alone, {plain:.6g}"
     hidden, autocast = _run_body(model, batch)
-    loss = _loss(model, batch, None, hidden, autocast)
+    at, tail = (following != -100).nonzero().squeeze(1), _tail(model)
+    loss = _loss(model, batch["labels"], None, at, tail, hidden, autocast)
     allowed = max(1e-4, 16 * torch.finfo(autocast or hidden.dtype).eps)
     if not torch.isclose(loss, plain, rtol=allowed / 10):
         return f"its own loss is {plain:.6g}, here it would be {loss:.6g}"

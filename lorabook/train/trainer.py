@@ -22,6 +22,7 @@ from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
 from ..hardware import mixed_precision
 from ..model.adapter import recompute_layers
+from ..model.loss import check_loss, trained_loss
 from .callbacks import HistoryCallback, LiveLogCallback
 
 # %% ../../nbs/61_train.trainer.ipynb #7256c76f
@@ -152,7 +153,25 @@ def training_arguments(
 
 # %% ../../nbs/61_train.trainer.ipynb #fc72deac
 class AdapterTrainer(Trainer):
-    "A `Trainer` that can also load the checkpoints of a native adapter."
+    "A `Trainer` with the loss of chapter 22, which also loads the checkpoints of native adapters."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own_loss = self._why_own_loss()
+        if self.own_loss:
+            print(f"The model's own loss is used, with all logits: {self.own_loss}")
+        else:
+            self.model_accepts_loss_kwargs = True  # the tokens of a step are counted for the loss
+
+    def _why_own_loss(self):
+        "Why the model computes the loss itself; None: it needn't."
+        if self.args.label_smoothing_factor:
+            return "`label_smoothing_factor` needs them"
+        if not self.args.prediction_loss_only:
+            return "`prediction_loss_only` is off"
+        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the model is spread over several devices"
+        return check_loss(self.model)
 
     def _load_best_model(self):
         if isinstance(self.model, PeftModel):
@@ -167,11 +186,16 @@ class AdapterTrainer(Trainer):
     _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        trained = (inputs["labels"][:, 1:] != -100).sum()
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
+        count = num_items_in_batch if model.training else None  # None: those of the batch
+        if self.own_loss:
+            loss, outputs = super().compute_loss(model, inputs, True, count)
+        else:
+            loss, outputs = trained_loss(model, inputs, count), {}
+            if count is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        if not model.training:
+            trained = (inputs["labels"][:, 1:] != -100).sum()
+            self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
