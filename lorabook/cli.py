@@ -22,7 +22,7 @@ def _parser():
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("run", "fine-tune, evaluate before and after, save"),
+        ("run", "fine-tune, save, and compare with the base model"),
         ("plan", "the memory that a run will need, where it fits, and the fastest settings"),
         ("config", "print a complete config as YAML"),
     ):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
+from peft.helpers import disable_input_dtype_casting
 
 from .config import RunConfig
 from .dryrun import Ledger, empty_model, enter_model, gpu_rules, recompute_by_gpu_rules
@@ -132,8 +133,10 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
     _compute_as(model, dtype, rules)
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)
+    cast = dtype in (torch.bfloat16, torch.float16)
     with ledger:
-        state, gradients = _train(model.train(), forward, work, ledger)
+        with disable_input_dtype_casting(model, cast):
+            state, gradients = _train(model.train(), forward, work, ledger)
         if evaluates:
             ledger.phase = "evaluation"
             model.eval()

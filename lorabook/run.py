@@ -201,6 +201,11 @@ def _tokenize(raw, tokenizer, cfg):
     return _pack(data, cfg) if cfg.data.packing else data
 
 
+def _keeps_base(cfg):
+    "Whether the base model is what is left when the adapter is switched off."
+    return cfg.lora.init_lora_weights not in ("loftq", "olora", "pissa")
+
+
 def _test(model, tokenizer, raw):
     "The scores on the test split, if there is one."
     return evaluate(model, tokenizer, raw["test"]) if len(raw["test"]) else None
@@ -249,11 +254,11 @@ def run_training(
     resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the latest
     callbacks: list | None = None,  # `TrainerCallback`s of your own
 ) -> RunResult:  # raises the errors of each stage
-    "Fine-tune, evaluate before and after, and save."
+    "Fine-tune, save, and compare with the base model."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
     _prepare_output(cfg, resume_from_checkpoint)
-    phase = _Phases(7)
+    phase = _Phases(6)
 
     with phase("data"):
         tokenizer = setup_tokenizer(cfg.model.name, cfg.model)
@@ -267,8 +272,7 @@ def run_training(
         model = setup_lora(model, cfg.lora)
         trainable = trainable_report(model)
         print(trainable)
-    with phase("before", "test before"):
-        before = _test(model, tokenizer, raw)
+        before = None if _keeps_base(cfg) else _test(model, tokenizer, raw)
         print_gpu_memory_usage()
     with phase("train", "training"):
         _begin_output(cfg, resume_from_checkpoint)
@@ -277,10 +281,12 @@ def run_training(
         trainer.add_callback(ProbeCallback(trainer, phase.memory))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         history = get_history(trainer)
-    with phase("after", "test after"):
-        after = _test(model, tokenizer, raw)
     with phase("save", "saved"):
         adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
+    with phase("test", "tested"):
+        with model.disable_adapter():
+            before = before or _test(model, tokenizer, raw)
+        after = _test(model, tokenizer, raw)
 
     result = RunResult(
         adapter_dir, before, after, history, phase.memory, trainable, phase.seconds, cfg

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import (
@@ -411,7 +412,8 @@ def watched_step(trainer, rows):
         for name in ("exp_avg", "exp_avg_sq"):
             ledger.note(state[name])
     trained = [p for p in model.parameters() if p.requires_grad]
-    with Watch(ledger):
+    cast = trainer.args.bf16 or trainer.args.fp16
+    with Watch(ledger), disable_input_dtype_casting(model, cast):  # as `training_step` does
         ledger.phase = "forward"
         batch, count = trainer.data_collator(rows), torch.ones(())
         loss = trainer.compute_loss(model.train(), batch, num_items_in_batch=count)
@@ -423,6 +425,7 @@ def watched_step(trainer, rows):
         for parameter in trained:
             parameter.grad = None
         del loss
+    with Watch(ledger):
         ledger.phase = "evaluation"
         trainer.prediction_step(model.eval(), trainer.data_collator(2 * rows), True)
     return ledger, gradients

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -182,6 +183,10 @@ class AdapterTrainer(Trainer):
         if isinstance(self.model, PeftModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_native(resume_from_checkpoint)
+
+    def training_step(self, *args, **kwargs):
+        with disable_input_dtype_casting(self.model, self.args.bf16 or self.args.fp16):
+            return super().training_step(*args, **kwargs)
 
     _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
 
