@@ -9,7 +9,7 @@ run: .venv/.run  ## fine-tune the built-in model on the built-in data
 
 test: .venv/.dev  ## everything that CI checks
 	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools benchmarks
-	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	@echo "== docs"; $(BIN)/python docs/build.py
 	@echo "== tests"; $(BIN)/pytest -q tests
 

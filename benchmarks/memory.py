@@ -44,6 +44,7 @@ SHAPES = {  # as published
         num_key_value_heads=8,
         head_dim=64,
         tie_word_embeddings=True,
+        max_position_embeddings=131072,
     ),
     "Llama-3.1-8B": dict(
         model_type="llama",
@@ -53,6 +54,7 @@ SHAPES = {  # as published
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
+        max_position_embeddings=131072,
     ),
     "Phi-4-mini": dict(
         model_type="phi3",

@@ -1,6 +1,6 @@
 """Training: tokens per second, peak memory and loss, beside the recipe and TRL's `SFTTrainer`.
 
-    python benchmarks/train.py --workload cpu --repeats 5        writes results/train_cpu.json
+    python benchmarks/train.py --workload cpu --repeats 5        writes results/train_cpu.json, .png
     python benchmarks/train.py --workload builtin --repeats 5    writes results/train_builtin.json
     python benchmarks/train.py --workload Qwen2.5-0.5B           needs a GPU, and so do
     python benchmarks/train.py --workload Llama-3.2-1B           and Llama-3.1-8B
@@ -22,7 +22,7 @@ import random
 import tempfile
 import time
 
-from common import machine, median, run_peer, save
+from common import RESULTS, machine, median, run_peer, save
 from memory import SHAPES
 
 SHAPES = SHAPES | {
@@ -256,6 +256,24 @@ def measure(peer, workload):
     }
 
 
+def draw(table, path):
+    """Tokens per second and peak memory of each peer, as bars."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained", sharey=True)
+    colors = ["#0969da" if peer == "lorabook" else "#bbb" for peer in table]
+    for panel, key, scale, title in (
+        (panels[0], "tokens_per_second", 1, "tokens per second"),
+        (panels[1], "peak_bytes", 1e9, "peak memory, GB"),
+    ):
+        values = [row[key] / scale for row in table.values()]
+        panel.bar_label(panel.barh([*table], values, color=colors), fmt="%.3g", padding=3)
+        panel.set(title=title, xlim=(0, 1.15 * max(values)), xticks=[])
+        panel.spines[:].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
@@ -293,6 +311,7 @@ def main():
             result["memory_of_trl"] = memory / min(peer["peak_bytes"] for peer in best)
     if args.peers == PEERS:
         save(f"train_{args.workload}", result)
+        draw(table, RESULTS / f"train_{args.workload}.png")
     for key in ("times_the_recipe", "times_trl", "memory_of_trl"):
         print(f"{key}: {result.get(key, float('nan')):.2f}")
 
