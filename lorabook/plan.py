@@ -16,7 +16,14 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from peft.helpers import disable_input_dtype_casting
 
 from .config import RunConfig
-from .dryrun import Ledger, empty_model, enter_model, gpu_rules, recompute_by_gpu_rules
+from lorabook.dryrun import (
+    Ledger,
+    empty_model,
+    enter_model,
+    gpu_rules,
+    recompute_by_gpu_rules,
+    told_packing,
+)
 from .errors import LorabookError, LossError, PlanError
 from .hardware import Hardware, choose_quantization, compute_dtype, find_device
 from .model.adapter import recompute_layers, setup_lora
@@ -117,8 +124,20 @@ def _compute_as(model, dtype, rules):
     model.forward = ConvertOutputsToFp32(run) if cast else run
 
 
+def _mark_loss(model, ledger):
+    "Let the phase of the loss begin at the head."
+
+    def mark(head, args):
+        phases = {"forward": "loss", "evaluation": "evaluation loss"}
+        ledger.phase = phases.get(ledger.phase, ledger.phase)
+
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(mark)
+
+
 def _run_step(model, work, dtype, ledger, device, evaluates):
     "A training step and an evaluation; returns the storages of the gradients."
+    _mark_loss(model, ledger)
     rules = nullcontext if device.device == "cpu" else gpu_rules
     tail = Tail(cap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
@@ -134,7 +153,7 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)
     cast = dtype in (torch.bfloat16, torch.float16)
-    with ledger:
+    with ledger, told_packing(work.packed):
         with disable_input_dtype_casting(model, cast):
             state, gradients = _train(model.train(), forward, work, ledger)
         if evaluates:
@@ -156,7 +175,7 @@ COMPONENTS = (
     "temporaries",
     "context",
 )
-_PHASES = ("forward", "backward", "evaluation")
+_PHASES = ("forward", "loss", "backward", "evaluation", "evaluation loss")
 _CONTEXT = {"cuda": 500 * 2**20, "xpu": 500 * 2**20}  # bytes that are no tensors
 _UNUSABLE = 0.03  # share of the allocator's memory that is lost between blocks
 
@@ -180,8 +199,7 @@ def _component(ledger, number, gradients, vocabulary):
         return "optimizer"
     if shape and shape[-1] == vocabulary or vocabulary in shape[-2:]:
         return "logits and loss"
-    made_forward = phase in ("forward", "evaluation") or grad_enabled
-    return "activations" if made_forward else "temporaries"
+    return "activations" if phase != "backward" or grad_enabled else "temporaries"
 
 
 @dataclasses.dataclass
@@ -189,7 +207,7 @@ class MemoryPlan:
     "What a run will need on one device."
 
     components: dict  # name -> bytes, at the peak
-    phases: dict  # forward, backward, evaluation -> bytes at its highest point
+    phases: dict  # forward, loss, backward and so on -> bytes at its highest point
     work: Workload  # what was planned
     model: str  # its name and type
     stored: str  # what its weights are stored in, such as NF4
@@ -206,7 +224,7 @@ class MemoryPlan:
         return with_overhead(self.peak_bytes, self.device)
 
     @property
-    def phase(self) -> str:  # forward, backward or evaluation
+    def phase(self) -> str:  # such as backward
         "Where the peak is."
         return max(self.phases, key=self.phases.get)
 

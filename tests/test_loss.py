@@ -151,18 +151,17 @@ def test_tails():
 def test_size_of_the_parts(at_a_time, capped, trained_head, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", at_a_time)
     monkeypatch.setattr(module, "_BYTES", 0)
-    counts, count = [], module._count_parts
-    monkeypatch.setattr(module, "_count_parts", lambda *a: counts.append(count(*a)) or counts[-1])
+    sizes, part_size = [], module._part_size
+    monkeypatch.setattr(module, "_part_size", lambda n: sizes.append(part_size(n)) or sizes[-1])
     config = ("gemma2", dict(final_logit_softcapping=3.0)) if capped else ("phi", {})
     assert_same(adapted(*config, modules_to_save=["lm_head"] if trained_head else None))
-    assert counts == [-(-TRAINED // at_a_time)]
+    assert sizes == [at_a_time]
 
 
 def test_parts_are_large_enough_and_fixed():
-    count = module._count_parts
-    assert count(0, 1000) == count(256, 10**6) == count(10_000, 1000) == 1
-    assert count(257, 10**6) == 2
-    assert count(8192, 32_000) == 8192 * 32_000 * 4 // 2**26 + 1
+    size = module._part_size
+    assert size(10**6) == size(2**16) == 256
+    assert size(32_000) == 2**26 // (4 * 32_000) and size(1000) == 2**26 // 4000
 
 
 TRAINED_HEADS = {

@@ -35,7 +35,7 @@ from lorabook.errors import ModelError, PlanError
 from lorabook.hardware import Hardware
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
-from lorabook.plan import Workload, _component, plan_memory, plan_step, workload
+from lorabook.plan import Workload, _component, _mark_loss, plan_memory, plan_step, workload
 from lorabook.testing import FAMILIES, save_tiny_model
 from lorabook.train.trainer import create_trainer
 
@@ -242,7 +242,7 @@ def test_an_evaluation_has_twice_the_rows(plans):
     vocabulary = SHAPES["Llama-3.1-8B"].vocab_size
     # logits in 16 bits, the same in 32, and the log-probabilities
     logits = (2 + 4 + 4) * 2 * 2 * 256 * vocabulary
-    assert plan.phase == "evaluation"
+    assert plan.phase == "evaluation loss"
     assert plan.components["logits and loss"] == pytest.approx(logits, rel=0.01)
     without = plans(checkpointing=1.0, own_loss=True)
     assert without.phases.items() <= plan.phases.items() and without.peak_bytes < plan.peak_bytes
@@ -398,7 +398,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def watched_step(trainer, rows):
+def watched_step(trainer, rows, count):
     "A ledger of a real training step and an evaluation, and the storages of the gradients."
     model, ledger = trainer.model, Ledger()
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -411,12 +411,13 @@ def watched_step(trainer, rows):
     for state in trainer.optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             ledger.note(state[name])
+    _mark_loss(model, ledger)
     trained = [p for p in model.parameters() if p.requires_grad]
     cast = trainer.args.bf16 or trainer.args.fp16
     with Watch(ledger), disable_input_dtype_casting(model, cast):  # as `training_step` does
         ledger.phase = "forward"
-        batch, count = trainer.data_collator(rows), torch.ones(())
-        loss = trainer.compute_loss(model.train(), batch, num_items_in_batch=count)
+        batch, items = trainer.data_collator(rows[:count]), torch.ones(())
+        loss = trainer.compute_loss(model.train(), batch, num_items_in_batch=items)
         del batch  # as the trainer does
         ledger.phase = "backward"
         trainer.accelerator.backward(loss)
@@ -427,11 +428,11 @@ def watched_step(trainer, rows):
         del loss
     with Watch(ledger):
         ledger.phase = "evaluation"
-        trainer.prediction_step(model.eval(), trainer.data_collator(2 * rows), True)
+        trainer.prediction_step(model.eval(), trainer.data_collator((2 * rows)[: 2 * count]), True)
     return ledger, gradients
 
 
-CASES = [  # family, share of recomputed layers, compute dtype, storage, packed
+CASES = [  # family, share of recomputed layers, compute dtype, storage, packed, and rows if not two
     *[(family, 0.0, "float32", "none", False) for family in FAMILIES],
     *[(family, 1.0, "bfloat16", "none", False) for family in ("gemma2", "gpt_neox")],
     ("llama", 0.5, "float32", "none", False),
@@ -439,6 +440,8 @@ CASES = [  # family, share of recomputed layers, compute dtype, storage, packed
     ("llama", 1.0, "bfloat16", "nf4", False),
     ("qwen3", 0.0, "float32", "nf4", True),
     ("gpt_neox", 1.0, "float32", "int8", False),
+    ("llama", 0.0, "float32", "none", False, 1),
+    ("mistral", 1.0, "bfloat16", "nf4", False, 1),
 ]
 
 
@@ -458,8 +461,9 @@ def real_trainer(cfg, length, folder):
     return trainer, rows
 
 
-@pytest.mark.parametrize("family, share, dtype, kind, packed", CASES)
-def test_a_real_step_takes_what_was_planned(family, share, dtype, kind, packed, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_a_real_step_takes_what_was_planned(case, tmp_path):
+    family, share, dtype, kind, packed, count = (*case, 2)[:6]
     sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, head_dim=32)
     cfg = RunConfig(
         model=ModelSettings(
@@ -471,7 +475,7 @@ def test_a_real_step_takes_what_was_planned(family, share, dtype, kind, packed, 
         data=DataSettings(packing=packed),
         lora=LoraSettings(r=8),
         training=TrainingSettings(
-            batch_size=2,
+            batch_size=count,
             gradient_accumulation_steps=1,
             max_steps=1,
             gradient_checkpointing=share if 0 < share < 1 else bool(share),
@@ -479,7 +483,7 @@ def test_a_real_step_takes_what_was_planned(family, share, dtype, kind, packed, 
     )
     plan = plan_memory(cfg, CPU)
     trainer, rows = real_trainer(cfg, 192, str(tmp_path))
-    ledger, gradients = watched_step(trainer, rows)
+    ledger, gradients = watched_step(trainer, rows, count)
 
     peaks, vocabulary = ledger.peaks(), trainer.model.config.vocab_size
     for phase, planned in plan.phases.items():

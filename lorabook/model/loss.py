@@ -7,6 +7,7 @@ __all__ = ['Tail', 'measure_tail', 'trained_loss', 'check_loss']
 
 # %% ../../nbs/22_model.loss.ipynb #e7beae49
 import dataclasses
+import itertools
 import weakref
 from contextlib import contextmanager
 
@@ -121,9 +122,9 @@ def measure_tail(
 _ROWS, _BYTES = 256, 64 * 2**20  # a part has up to so many positions, or logits of that size
 
 
-def _count_parts(positions, vocabulary):
-    "Into how many parts of the same size the positions are split."
-    return max(1, -(-positions // max(_ROWS, _BYTES // (4 * vocabulary))))
+def _part_size(vocabulary):
+    "How many positions are done at a time."
+    return max(_ROWS, _BYTES // (4 * vocabulary))
 
 
 def _run_part(hidden, labels, gradient, weight, bias, tail, buffers):
@@ -155,14 +156,14 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, labels, weight, bias, tail):
         gradient = torch.empty_like(hidden if ctx.needs_input_grad[0] else hidden[:0])
-        parts = _count_parts(len(hidden), len(weight))
-        shape = [-(-len(hidden) // parts), len(weight)]
+        size = _part_size(len(weight))
+        shape = [min(size, len(hidden)), len(weight)]
         x = hidden.new_empty(shape)
         logits = x if x.dtype is torch.float32 else x.new_empty(shape, dtype=torch.float32)
         buffers = x, logits, torch.empty_like(logits if tail.cap else logits[:0])
         total = logits.new_zeros([])
-        split = (whole.tensor_split(parts) for whole in (hidden, labels[:, None], gradient))
-        for part in zip(*split):
+        gradients = gradient.split(size) if len(gradient) else itertools.repeat(gradient)
+        for part in zip(hidden.split(size), labels[:, None].split(size), gradients):
             total += _run_part(*part, weight, bias, tail, buffers)
         ctx.save_for_backward(gradient)
         return total
@@ -174,7 +175,7 @@ class _FrozenHead(torch.autograd.Function):
         return (gradient.float() * incoming).to(gradient.dtype), None, None, None, None
 
 # %% ../../nbs/22_model.loss.ipynb #4eeee25b
-def _any_head(head, hidden, labels, tail, autocast, parts):
+def _any_head(head, hidden, labels, tail, autocast, size):
     "The summed loss of a head, whatever it is."
 
     def run_part(hidden, labels):
@@ -182,7 +183,7 @@ def _any_head(head, hidden, labels, tail, autocast, parts):
             logits = head(hidden[None])[0]
         return cross_entropy(tail(logits.float()), labels.to(logits.device), reduction="sum")
 
-    split = zip(hidden.tensor_split(parts), labels.tensor_split(parts))
+    split = zip(hidden.split(size), labels.split(size))
     return sum(checkpoint(run_part, *part, use_reentrant=False) for part in split)
 
 
@@ -221,8 +222,8 @@ def _loss(model, labels, num_items, at, tail, hidden, autocast):
         parts = place(picked), following, place(weight), place(head.bias), tail
         total = _FrozenHead.apply(*parts)
     else:
-        parts = _count_parts(len(at), _unwrap(model).config.get_text_config().vocab_size)
-        total = _any_head(head, picked, following, tail, autocast, parts)
+        size = _part_size(_unwrap(model).config.get_text_config().vocab_size)
+        total = _any_head(head, picked, following, tail, autocast, size)
     total = total.to(labels.device)
     return total / (max(len(at), 1) if num_items is None else num_items)
 

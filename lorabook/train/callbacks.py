@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -259,7 +260,8 @@ class ProbeCallback(TrainerCallback):
         for parameter in trained if args.gradient_accumulation_steps > 1 else ():
             parameter.grad = torch.zeros_like(parameter)
         model.train()
-        self.trainer.compute_loss(model, batch).backward()
+        with disable_input_dtype_casting(model, args.bf16 or args.fp16):  # as the trainer does
+            self.trainer.compute_loss(model, batch).backward()
         del state
 
     def _evaluate(self, model, batch, args):
