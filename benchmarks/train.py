@@ -201,9 +201,11 @@ def lorabook(model, tokenizer, rows, work, folder):
     from lorabook import create_trainer, fit
     from lorabook.config import RunConfig
 
+    held = work["micro"] * work["steps"]  # rows of an optimizer step; `auto` counts them in fours
+    size, accumulated = ("auto", held // 4) if held % 4 == 0 else (held, 1)
     cfg = RunConfig().override(
-        "training.batch_size=auto",
-        f"training.gradient_accumulation_steps={work['micro'] * work['steps']}",
+        f"training.batch_size={size}",
+        f"training.gradient_accumulation_steps={accumulated}",
         "training.max_steps=-1",
         "training.num_train_epochs=1",
         "training.learning_rate=1e-3",

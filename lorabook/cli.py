@@ -34,7 +34,9 @@ def _parser():
             help="a YAML file, and changes to single values; none: the built-in run",
         )
     commands.choices["plan"].add_argument(
-        "--device", metavar="CARD", help='decide for this one, such as "T4"; none: this machine'
+        "--device",
+        metavar="CARD",
+        help='for this one, such as "T4" or "A100 80"; none: this machine',
     )
     resume = commands.choices["run"].add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
@@ -60,8 +62,9 @@ def _plan(cfg, name):
     from lorabook.hardware import find_device
 
     device = find_device(name)
-    print(device_table(cfg))
-    print(f"\nThe fastest settings for {device.name}:", fit(cfg, name), sep="\n")
+    print("The config as it is, with the usual settings in place of `auto`")
+    print(device_table(cfg, devices=[name] if name else None))
+    print(f"\nWhat `lorabook run` takes on {device.name}", fit(cfg, name), sep="\n")
 
 
 def main(

@@ -261,11 +261,9 @@ class TrainingSettings:
     "The optimisation."
 
     batch_size: Positive | Auto = (
-        4  # rows in a micro-batch, per device; auto: as many as fit of those in an optimizer step
+        4  # rows in a micro-batch, per device; auto: as 4, but cut into parts as large as fit
     )
-    gradient_accumulation_steps: Positive = (
-        8  # micro-batches in an optimizer step; rows in it, where `batch_size` is auto
-    )
+    gradient_accumulation_steps: Positive = 8  # micro-batches in an optimizer step
     learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"  # peak; auto: by the model's width
     max_steps: Annotated[int, Field(ge=-1)] = (
         100  # optimizer steps; -1: decided by `num_train_epochs`
@@ -299,6 +297,11 @@ class TrainingSettings:
         "auto"  # recompute activations to save memory, of all layers or a share; auto: if needed
     )
     report_to: str | list[str] = "none"  # trackers, as in transformers: tensorboard, wandb, trackio
+
+    @property
+    def rows(self) -> int:  # of a micro-batch, as long as `auto` is not decided
+        "Rows of a micro-batch."
+        return 4 if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _check(self):

@@ -9,6 +9,7 @@ __all__ = ['SizeModel', 'DeviceTable', 'device_table', 'Fit', 'fit']
 import dataclasses
 import itertools
 from html import escape
+from operator import attrgetter
 
 import numpy as np
 
@@ -163,15 +164,14 @@ def _options(cfg, device):
     share = training.gradient_checkpointing
     shares = _SHARES if share == "auto" else [float(share)]
     rows = training.batch_size
-    counts = _divisors(training.gradient_accumulation_steps) if rows == "auto" else [rows]
+    steps = training.gradient_accumulation_steps
+    counts = _divisors(training.rows * steps) if rows == "auto" else [rows]
     return kinds, shares, counts
 
 
 def _decided(cfg, kind, share, rows):
     "The config with these choices; the rows of an optimizer step stay as many."
-    steps = cfg.training.gradient_accumulation_steps
-    if cfg.training.batch_size == "auto":
-        steps //= rows
+    steps = cfg.training.rows * cfg.training.gradient_accumulation_steps // rows
     training = {"gradient_checkpointing": bool(share) if share in (0, 1) else share}
     training |= {"batch_size": rows, "gradient_accumulation_steps": steps}
     values = cfg.to_dict()
@@ -264,12 +264,14 @@ def _cautious(cfg, device, error):
 
 
 def _too_small(cfg, device, needed):
+    names = ("model.quantization", "training.batch_size", "training.gradient_checkpointing")
+    given = [f"`{name}`" for name in names if attrgetter(name)(cfg) != "auto"]
     return HardwareError(
         f"{cfg.model.name} does not fit on {device.name} in any way that these settings allow.",
         f"at least {show_size(needed)} needed, {show_size(device.memory_bytes)} there",
-        "Shorten `model.max_length`, take a smaller model or a larger card, free what others hold "
-        "(an earlier model in this notebook?), or let `auto` decide `model.quantization`, "
-        "`training.batch_size` and `training.gradient_checkpointing`.",
+        "Shorten `model.max_length` (`lorabook plan` shows the longest rows that fit), take a "
+        "smaller model or a larger card, free what others hold (an earlier model in this notebook?)"
+        + (f", or let `auto` decide {', '.join(given)}." if given else "."),
     )
 
 

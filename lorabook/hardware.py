@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import platform
+import re
 
 import psutil
 import torch
@@ -128,14 +129,17 @@ def find_device(
     wanted: Hardware | str | None = None,  # or a card's name or part of it; None: this machine
 ) -> Hardware:  # raises `HardwareError`
     "A card by its name, or this machine."
-    if not isinstance(wanted, str):
+    if wanted is None or isinstance(wanted, Hardware):
         return wanted or detect_hardware()
-    found = [card for name, card in DEVICES.items() if wanted.lower() in name.lower()]
+    short = lambda name: re.sub(r"nvidia|tesla|geforce|[\s_-]", "", str(name).lower())
+    found = [card for name, card in DEVICES.items() if short(wanted) in short(name)]
     if len(found) == 1:
         return found[0]
     names = ", ".join(card.name for card in found or DEVICES.values())
     raise HardwareError(
-        f"{'Several cards have' if found else 'No card has'} {wanted!r} in the name.",
+        f"{'Several cards have' if found else 'No card has'} {str(wanted):.80} in the name.",
         names if found else None,
-        "Give more of its name." if found else f"One of: {names}; or a `Hardware` of your own.",
+        "Give more of its name."
+        if found
+        else f"One of: {names}; or a `lorabook.hardware.Hardware` of your own.",
     )

@@ -55,7 +55,7 @@ def workload(
     if recomputes == "auto":
         recomputes = device.device != "cpu"
     return Workload(
-        rows=1 if training.batch_size == "auto" else training.batch_size,
+        rows=training.rows,
         length=cfg.model.max_length,
         packed=cfg.data.packing,
         accumulates=training.gradient_accumulation_steps > 1,
@@ -250,6 +250,8 @@ class MemoryPlan:
             if size:
                 bar = "█" * round(30 * size / widest)
                 lines.append(f"  {name:<16}{show_size(size):>8}  {bar}".rstrip())
+        lost = self.needed_bytes - self.peak_bytes - self.components["context"]
+        lines.append(f"  {'between blocks':<16}{show_size(lost):>8}")
         return "\n".join(lines)
 
     def _repr_markdown_(self):

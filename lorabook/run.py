@@ -79,6 +79,8 @@ class RunResult:
         lines = [f"{'':<16}{'base':>10}{'adapter':>10}"] + [
             f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()
         ]
+        on_cpu = self.memory.plan is not None and self.memory.plan.device.device == "cpu"
+        whole, seconds = " of the process" if on_cpu else "", sum(self.seconds.values())
         if self.after:
             prompt, reference, answer = self.after.answers[0]
             example = (prompt[-1]["content"], self.before.answers[0][2], answer, reference)
@@ -87,7 +89,7 @@ class RunResult:
         return "\n".join(
             [
                 *(lines if self.after else []),
-                f"peak memory {self.memory.peak / 1e9:.2f} GB, {sum(self.seconds.values()):.0f} s",
+                f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s",
                 f"adapter: {self.adapter_dir}",
             ]
         )
@@ -186,8 +188,7 @@ def _begin_output(cfg, resume):
 def _pack(data, cfg):
     "Pack all splits, and print what a step holds now."
     packed = {name: pack(rows, cfg.model.max_length, name) for name, rows in data.items()}
-    rows = cfg.training.gradient_accumulation_steps
-    rows *= 1 if cfg.training.batch_size == "auto" else cfg.training.batch_size
+    rows = cfg.training.rows * cfg.training.gradient_accumulation_steps
     total = len(data["train"])
     held = rows * total / len(packed["train"])
     print(f"An optimizer step holds {rows} rows: about {held:.0f} of {total} conversations.")

@@ -21,7 +21,7 @@ WIDE = (
     "model.quantization=none",
     "model.max_length=128",
     "training.batch_size=auto",
-    "training.gradient_accumulation_steps=16",
+    "training.gradient_accumulation_steps=4",
     "training.max_steps=3",
     "training.learning_rate=1e-2",
 )

@@ -275,7 +275,7 @@ def _beside(log):
     "What the probe took, beside the plan."
     if not log.measured:
         return "The longest batches fit."
-    took = f"The longest batches fit: {show_size(log.measured)}"
+    took = f"The longest batches fit: {show_size(log.measured)} of tensors"
     return f"{took}, planned were {show_size(log.planned)}" if log.planned else took
 
 

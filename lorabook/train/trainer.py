@@ -129,15 +129,14 @@ def training_arguments(
     "The config in the words of transformers."
     weight = model.get_input_embeddings().weight
     on_cpu, auto_rate = weight.device.type == "cpu", cfg.learning_rate == "auto"
-    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     values = {name: getattr(cfg, name) for name in _SAME_NAME} | _FIXED
     values |= _keeping_the_best(cfg, has_eval) | dict(
         output_dir=str(output_dir),
         seed=seed,
         use_cpu=on_cpu,
         **mixed_precision(weight.dtype),
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=2 * rows,
+        per_device_train_batch_size=cfg.rows,
+        per_device_eval_batch_size=2 * cfg.rows,
         learning_rate=suggest_learning_rate(model) if auto_rate else cfg.learning_rate,
         **_checkpointing(_recomputed(cfg, on_cpu) == 1),
         **_sampling(by_length),
