@@ -269,7 +269,8 @@ def draw(table, path):
         (panels[1], "peak_bytes", 1e9, "peak memory, GB"),
     ):
         values = [row[key] / scale for row in table.values()]
-        panel.bar_label(panel.barh([*table], values, color=colors), fmt="%.3g", padding=3)
+        shown = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        panel.bar_label(panel.barh([*table], values, color=colors), shown, padding=3)
         panel.set(title=title, xlim=(0, 1.15 * max(values)), xticks=[])
         panel.spines[:].set_visible(False)
     panels[0].invert_yaxis()
