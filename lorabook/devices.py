@@ -94,8 +94,8 @@ class DeviceTable:
         plan = self.rows[0][1]
         work = plan.work
         title = f"{plan.model}: {work.rows} x {work.length} tokens" + ", packed" * work.packed
-        names = ("card", "weights, layers", "needs", "", "longest with so many rows")
-        return title, (*names, "most rows of that length"), list(self._cells())
+        names = ("card", "weights, layers", "needs", "", f"longest, {work.rows} rows")
+        return title, (*names, f"rows of {work.length} tokens"), list(self._cells())
 
     def __str__(self):
         title, names, rows = self._table()
