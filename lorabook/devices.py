@@ -29,7 +29,7 @@ class SizeModel:
     "Bytes that a run needs, as a function of the rows and their length."
 
     def __init__(self, config, cfg, work, device):
-        rows, length = max(2, work.rows), max(64, work.length)  # one row alone has no mask
+        rows, length = max(2, work.rows), max(64, work.length)  # one row may be another case
         sizes = [(rows, length), (rows, length // 2), (2 * rows, length // 2)]
         self.device, plans = device, {}
         for r, n in dict.fromkeys([(work.rows, work.length), *sizes]):

@@ -27,6 +27,7 @@ from lorabook.dryrun import (
 from .errors import LorabookError, LossError, PlanError
 from .hardware import Hardware, choose_quantization, compute_dtype, find_device
 from .model.adapter import recompute_layers, setup_lora
+from .model.layer import fuse_lora
 from .model.load import load_config
 from .model.loss import Tail, trained_loss
 from .pictures import show_size
@@ -66,13 +67,11 @@ def workload(
 
 
 def _batch(rows, length, packed):
-    "A batch as the collators make it; one row alone needs no mask."
+    "A batch as the collators make it."
     ids = torch.ones(rows, length, dtype=torch.long)
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
     if packed:
         batch["position_ids"] = torch.ones_like(ids)
-    elif rows > 1:
-        batch["attention_mask"] = torch.ones_like(ids)
     return batch
 
 # %% ../nbs/40_plan.ipynb #d6053123
@@ -149,6 +148,7 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
         return trained_loss(model, batch, count, at, tail)
 
     recompute_layers(model, work.checkpointing)
+    fuse_lora(model)
     _compute_as(model, dtype, rules)
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)

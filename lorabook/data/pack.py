@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
-from .batch import cache_file, content_key
+from .batch import cache_file, content_key, run_watched
 from ..errors import ConfigError, DataError
 
 # %% ../../nbs/34_data.pack.ipynb #6791f937
@@ -153,22 +153,6 @@ class PackCollator:
         }
 
 # %% ../../nbs/34_data.pack.ipynb #1bf75f63
-def _run_watched(model, batch):
-    "Logits, the embeddings that they were computed from, and whether a cache was kept."
-    embedded = []
-
-    def watch(module, args, output):
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.get_input_embeddings().register_forward_hook(watch)
-    try:
-        output = model(**batch)
-    finally:
-        handle.remove()
-    return output.logits, embedded[0], output.get("past_key_values") is not None
-
-
 def check_packing(
     model,  # as it will be trained
     collate: PackCollator,  # as it will be used
@@ -184,7 +168,7 @@ def check_packing(
         "labels": sum(chats, []),
         "position_ids": [i for chat in chats for i in range(len(chat))],
     }
-    run = lambda *rows: _run_watched(
+    run = lambda *rows: run_watched(
         model, {k: v.to(embedding.device) for k, v in collate(rows).items() if k != "labels"}
     )
     model.eval()

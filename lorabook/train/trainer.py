@@ -18,11 +18,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainingSettings
-from ..data.batch import PadCollator
+from ..data.batch import PadCollator, needs_mask
 from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
 from ..hardware import mixed_precision
 from ..model.adapter import recompute_layers
+from ..model.layer import fuse_lora
 from ..model.loss import check_loss, trained_loss
 from .callbacks import HistoryCallback, LiveLogCallback
 
@@ -214,9 +215,9 @@ class AdapterTrainer(Trainer):
 
 
 def _collator(model, tokenizer, packed, multiple):
-    "What makes batches; for packed rows, once the model has passed the check."
+    "What makes batches, once the model was asked what it needs."
     if not packed:
-        return PadCollator(tokenizer.pad_token_id, multiple)
+        return PadCollator(tokenizer.pad_token_id, multiple, needs_mask(model))
     attention = str(model.config.get_text_config()._attn_implementation)
     collate = PackCollator(tokenizer.pad_token_id, multiple, flatten="flash" in attention)
     check_packing(model, collate)
@@ -255,6 +256,7 @@ def create_trainer(
     share = _recomputed(cfg, arguments.use_cpu)
     if share < 1:  # what is less than all, the `Trainer` can't say
         recompute_layers(model, share)
+    fuse_lora(model)
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = model.config.get_text_config().use_cache = False
