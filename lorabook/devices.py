@@ -130,6 +130,7 @@ def device_table(
 
 # %% ../nbs/41_devices.ipynb #9db2a3a6
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the layers that are recomputed
+_ENOUGH = 2048  # tokens that keep a CPU as busy as it gets
 
 
 @dataclasses.dataclass
@@ -147,7 +148,8 @@ class Fit:
 def _cost(kind, share, tokens, device):
     "Time of a step, roughly, in units of the fastest."
     unpacking = 1.3 if kind != "none" and device.device != "cpu" else 1.0
-    return unpacking * (1 + share / 3) * (1 + 512 / tokens)
+    idle = 1 + 512 / tokens if device.device != "cpu" else 1 + 64 / min(tokens, _ENOUGH)
+    return unpacking * (1 + share / 3) * idle
 
 
 def _divisors(n):
@@ -245,7 +247,7 @@ def _fastest(config, cfg, device, length):
     "(config, plan) of the fastest choice that fits, or the bytes that the smallest one needs."
     kinds, shares, all_rows = _options(cfg, device)
     needs, memory = _Needs(config, cfg, device, length), device.memory_bytes
-    cost = lambda choice: _cost(*choice[:2], choice[2] * needs.length, device)
+    cost = lambda choice: (_cost(*choice[:2], choice[2] * needs.length, device), choice[2])
     first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
     if needs.plan(*first).fits() or not others:
         return _decided(cfg, *first), needs.plan(*first)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['GB', 'memory_now', 'print_gpu_memory_usage', 'Sample', 'MemoryTimeline', 'MemoryLog', 'tensor_peak',
-           'memory_snapshot']
+           'memory_snapshot', 'keep_freed_memory']
 
 # %% ../nbs/10_memory.ipynb #c0945258
+import ctypes
 import dataclasses
 import os
+import platform
 import threading
 import time
 from contextlib import contextmanager
@@ -336,3 +338,14 @@ def memory_snapshot(
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
     print(f"{path} is written; look at it with https://pytorch.org/memory_viz")
+
+# %% ../nbs/10_memory.ipynb #9f1ffa37
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of `mallopt`'s parameters, from malloc.h
+
+
+def keep_freed_memory() -> bool:  # whether it can be done here: with glibc only
+    "Let the C library keep freed memory for what needs it next."
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))

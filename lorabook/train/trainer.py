@@ -22,6 +22,7 @@ from ..data.batch import PadCollator, needs_mask
 from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
 from ..hardware import mixed_precision
+from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
 from ..model.layer import fuse_lora
 from ..model.loss import check_loss, trained_loss
@@ -257,6 +258,8 @@ def create_trainer(
     if share < 1:  # what is less than all, the `Trainer` can't say
         recompute_layers(model, share)
     fuse_lora(model)
+    if arguments.use_cpu:
+        keep_freed_memory()
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = model.config.get_text_config().use_cache = False
