@@ -130,7 +130,7 @@ def device_table(
 
 # %% ../nbs/41_devices.ipynb #9db2a3a6
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the layers that are recomputed
-_ENOUGH = 2048  # tokens that keep a CPU as busy as it gets
+_ENOUGH = 1024  # tokens that keep a CPU as busy as it gets
 
 
 @dataclasses.dataclass
