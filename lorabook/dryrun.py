@@ -11,6 +11,7 @@ import functools
 import math
 import weakref
 from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -26,6 +27,7 @@ from transformers import masking_utils
 
 from .config import ModelSettings
 from .errors import PlanError
+from .model import attention
 from .model.load import _keep_gradients, _quantization_config
 
 # %% ../nbs/39_dryrun.ipynb #dry00005
@@ -338,15 +340,17 @@ def gpu_rules():
 @contextmanager
 def told_packing(
     packed: bool,  # whether rows hold several conversations
+    one_by_one: bool = False,  # whether attention takes one after the other
 ):
     "Tell transformers what it would read off the positions of a batch."
-    before = masking_utils.find_packed_sequence_indices
-    if not packed:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    nowhere = lambda *_: None
+    half = lambda positions, rows: [0, positions.shape[1] // 2, positions.shape[1]]
+    find = masking_utils.find_packed_sequence_indices if packed else nowhere
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", find),
+        patch.object(attention, "boundaries", half if one_by_one else nowhere),
+    ):
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = before
 
 
 def recompute_by_gpu_rules(

@@ -25,8 +25,15 @@ from lorabook.dryrun import (
     told_packing,
 )
 from .errors import LorabookError, LossError, PlanError
-from .hardware import Hardware, choose_quantization, compute_dtype, find_device
+from lorabook.hardware import (
+    Hardware,
+    choose_quantization,
+    compute_dtype,
+    find_device,
+    packed_attention,
+)
 from .model.adapter import recompute_layers, setup_lora
+from .model.attention import use_varlen
 from .model.layer import fuse_lora
 from .model.load import load_config
 from .model.loss import Tail, trained_loss
@@ -142,6 +149,8 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
 
     def forward(rows, count=None):
         batch = _batch(rows, work.length, work.packed) | {"use_cache": False}
+        if within:  # one row for all
+            batch = {k: v.view(1, -1) if torch.is_tensor(v) else v for k, v in batch.items()}
         if work.own_loss:
             return model(**batch, num_items_in_batch=count).loss
         at = torch.arange(rows * (work.length - 1))
@@ -149,11 +158,12 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
 
     recompute_layers(model, work.checkpointing)
     fuse_lora(model)
+    within = work.packed and packed_attention(device) == "varlen" and use_varlen(model)
     _compute_as(model, dtype, rules)
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)
     cast = dtype in (torch.bfloat16, torch.float16)
-    with ledger, told_packing(work.packed):
+    with ledger, told_packing(work.packed, within and device.device == "cpu"):
         with disable_input_dtype_casting(model, cast):
             state, gradients = _train(model.train(), forward, work, ledger)
         if evaluates:

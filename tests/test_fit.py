@@ -95,7 +95,7 @@ def limit(size):
 def plain(config, fresh):
     "(config, measured peak, losses) of the run without any limit."
     cfg = fit(RunConfig().override(*WIDE), limit(1e12), config).cfg
-    assert (cfg.training.batch_size, cfg.training.gradient_checkpointing) == (16, False)
+    assert (cfg.training.batch_size, cfg.training.gradient_checkpointing) == (8, False)
     return cfg, *measured(cfg, fresh)
 
 

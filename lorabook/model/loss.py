@@ -50,7 +50,7 @@ def _run_body(model, batch):
         hidden, kind = args[0], args[0].device.type
         on = torch.is_autocast_enabled(kind)
         seen.append((hidden, torch.get_autocast_dtype(kind) if on else None))
-        return (hidden[:, -1:], *args[1:])
+        return (hidden[:1, -1:], *args[1:])
 
     handle = _head(model).register_forward_pre_hook(watch)
     try:

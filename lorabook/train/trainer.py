@@ -21,9 +21,10 @@ from ..config import TrainingSettings
 from ..data.batch import PadCollator, needs_mask
 from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
-from ..hardware import mixed_precision
+from ..hardware import mixed_precision, packed_attention
 from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
+from ..model.attention import use_varlen
 from ..model.layer import fuse_lora
 from ..model.loss import check_loss, trained_loss
 from .callbacks import HistoryCallback, LiveLogCallback
@@ -219,6 +220,14 @@ def _collator(model, tokenizer, packed, multiple):
     "What makes batches, once the model was asked what it needs."
     if not packed:
         return PadCollator(tokenizer.pad_token_id, multiple, needs_mask(model))
+    if packed_attention() == "varlen" and use_varlen(model):
+        collate = PackCollator(tokenizer.pad_token_id, multiple, flatten=True)
+        try:
+            check_packing(model, collate)
+            return collate
+        except (ConfigError, RuntimeError) as error:
+            print(f"Attention within conversations doesn't work, a mask is used:\n{error}")
+            model.set_attn_implementation("sdpa")
     attention = str(model.config.get_text_config()._attn_implementation)
     collate = PackCollator(tokenizer.pad_token_id, multiple, flatten="flash" in attention)
     check_packing(model, collate)
