@@ -343,9 +343,10 @@ def memory_snapshot(
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of `mallopt`'s parameters, from malloc.h
 
 
-def keep_freed_memory() -> bool:  # whether it can be done here: with glibc only
+def keep_freed_memory() -> bool:  # whether it is done: with glibc, if the environment is silent
     "Let the C library keep freed memory for what needs it next."
-    if platform.libc_ver()[0] != "glibc":
+    decided = any(name.startswith("MALLOC_") for name in os.environ)
+    if decided or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))

@@ -187,7 +187,8 @@ COMPONENTS = (
 )
 _PHASES = ("forward", "loss", "backward", "evaluation", "evaluation loss")
 _CONTEXT = {"cuda": 500 * 2**20, "xpu": 500 * 2**20}  # bytes that are no tensors
-_UNUSABLE = 0.03  # share of the allocator's memory that is lost between blocks
+_UNUSABLE = 0.03  # share of the memory that is lost between blocks
+_KEPT = {"cpu": 0.2}  # instead: with what the C library keeps
 
 
 def with_overhead(
@@ -195,7 +196,8 @@ def with_overhead(
     device: Hardware,  # where they are
 ) -> int:  # bytes that the device must have for them
     "Add what the allocator loses, and the context."
-    return int(tensors * (1 + _UNUSABLE)) + _CONTEXT.get(device.device, 0)
+    lost = _KEPT.get(device.device, _UNUSABLE)
+    return int(tensors * (1 + lost)) + _CONTEXT.get(device.device, 0)
 
 
 def _component(ledger, number, gradients, vocabulary):
