@@ -30,7 +30,7 @@ class SizeModel:
 
     def __init__(self, config, cfg, work, device):
         rows, length = max(2, work.rows), max(64, work.length)  # one row may be another case
-        sizes = [(rows, length), (rows, length // 2), (2 * rows, length // 2)]
+        sizes = [(rows, length), (2 * rows, length), (rows, 2 * length)]
         self.device, plans = device, {}
         for r, n in dict.fromkeys([(work.rows, work.length), *sizes]):
             asked = dataclasses.replace(work, rows=r, length=n)
