@@ -47,7 +47,7 @@ def step(peer, axis, value):
     length, count = (value, 1) if axis == "context" else (256, 4)
     sizes = SHAPES["cpu"] | dict(max_position_embeddings=8192)
     sizes |= dict(vocab_size=value) if axis == "vocabulary" else {}
-    work, prompt = dict(max_length=length, micro=count, steps=1), 6 * length // 10
+    work, prompt = dict(max_length=length, micro=count, steps=1, passes=1), 6 * length // 10
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, [5 * count, length], generator=random).tolist()
     labels = [[-100] * prompt + row[prompt:] for row in ids]

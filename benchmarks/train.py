@@ -6,7 +6,7 @@
     python benchmarks/train.py --workload Llama-3.2-1B           and Llama-3.1-8B
 
 All peers train the same adapter on the same token ids, for as many conversations in an optimizer
-step, in the same order of magnitude of steps: one pass over the rows. Each is a process of its own,
+step, in the same order of magnitude of steps: three passes over the rows on a CPU, one on a GPU. Each is a process of its own,
 and they take turns. Only the training is timed, from its first step to its last; a token is one of
 a conversation, padding does not count. The memory is the peak above what the process had before the
 model was made: of its own memory on a CPU, as torch counts on a GPU.
@@ -36,12 +36,18 @@ SHAPES = SHAPES | {
         num_key_value_heads=4,
     ),
 }
-WORKLOADS = {  # conversations and their lengths; micro-batch, and how many make a step
-    "cpu": dict(rows=64, lengths=(60, 245), max_length=512, micro=4, steps=2),
-    "builtin": dict(rows=256, max_length=512, micro=4, steps=8),
-    "Qwen2.5-0.5B": dict(rows=256, lengths=(100, 2000), max_length=2048, micro=4, steps=4),
-    "Llama-3.2-1B": dict(rows=256, lengths=(100, 2000), max_length=2048, micro=4, steps=4),
-    "Llama-3.1-8B": dict(rows=128, lengths=(100, 2000), max_length=2048, micro=2, steps=8),
+WORKLOADS = {  # conversations, their lengths, passes; micro-batch, and how many make a step
+    "cpu": dict(rows=64, lengths=(60, 245), passes=3, max_length=512, micro=4, steps=2),
+    "builtin": dict(rows=256, passes=3, max_length=512, micro=4, steps=8),
+    "Qwen2.5-0.5B": dict(
+        rows=256, lengths=(100, 2000), passes=1, max_length=2048, micro=4, steps=4
+    ),
+    "Llama-3.2-1B": dict(
+        rows=256, lengths=(100, 2000), passes=1, max_length=2048, micro=4, steps=4
+    ),
+    "Llama-3.1-8B": dict(
+        rows=128, lengths=(100, 2000), passes=1, max_length=2048, micro=2, steps=8
+    ),
 }
 TRL = {
     "trl": {},
@@ -129,7 +135,7 @@ def arguments(work, folder, **changes):
     on_gpu = torch.cuda.is_available()
     values = dict(
         output_dir=folder,
-        num_train_epochs=1,
+        num_train_epochs=work["passes"],
         per_device_train_batch_size=work["micro"],
         gradient_accumulation_steps=work["steps"],
         learning_rate=1e-3,
@@ -207,7 +213,7 @@ def lorabook(model, tokenizer, rows, work, folder):
         f"training.batch_size={size}",
         f"training.gradient_accumulation_steps={accumulated}",
         "training.max_steps=-1",
-        "training.num_train_epochs=1",
+        f"training.num_train_epochs={work['passes']}",
         "training.learning_rate=1e-3",
         "training.lr_scheduler_type=constant",
         "training.logging_steps=1",
@@ -245,12 +251,13 @@ def measure(peer, workload):
         seconds = time.perf_counter() - start
         timeline.mark("training")
     before = 0 if on_gpu else timeline.rows[0]["allocated"]
-    tokens = sum(row["length"] for row in rows)
+    tokens = work["passes"] * sum(row["length"] for row in rows)
     return {
         "peer": peer,
         "seconds": seconds,
         "tokens": tokens,
-        "trained_tokens": sum(label != -100 for row in rows for label in row["labels"]),
+        "trained_tokens": work["passes"]
+        * sum(label != -100 for row in rows for label in row["labels"]),
         "tokens_per_second": tokens / seconds,
         "peak_bytes": timeline.rows[-1]["peak"] - before,
         "steps": trainer.state.global_step,

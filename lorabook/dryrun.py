@@ -341,14 +341,19 @@ def gpu_rules():
 def told_packing(
     packed: bool,  # whether rows hold several conversations
     one_by_one: bool = False,  # whether attention takes one after the other
+    alone: int = 0,  # tokens of a row that holds but one
 ):
     "Tell transformers what it would read off the positions of a batch."
     nowhere = lambda *_: None
-    half = lambda positions, rows: [0, positions.shape[1] // 2, positions.shape[1]]
+
+    def halves(positions, rows):
+        length = positions.shape[1]
+        return [0, length // 2, length] if length > alone else None
+
     find = masking_utils.find_packed_sequence_indices if packed else nowhere
     with (
         patch.object(masking_utils, "find_packed_sequence_indices", find),
-        patch.object(attention, "boundaries", half if one_by_one else nowhere),
+        patch.object(attention, "boundaries", halves if one_by_one else nowhere),
     ):
         yield
 

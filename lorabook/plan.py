@@ -73,11 +73,11 @@ def workload(
     )
 
 
-def _batch(rows, length, packed):
+def _batch(rows, length, positions):
     "A batch as the collators make it."
     ids = torch.ones(rows, length, dtype=torch.long)
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
-    if packed:
+    if positions:
         batch["position_ids"] = torch.ones_like(ids)
     return batch
 
@@ -148,9 +148,8 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
     tail = Tail(cap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
     def forward(rows, count=None):
-        batch = _batch(rows, work.length, work.packed) | {"use_cache": False}
-        if within:  # one row for all
-            batch = {k: v.view(1, -1) if torch.is_tensor(v) else v for k, v in batch.items()}
+        shape = (1, rows * work.length) if within else (rows, work.length)
+        batch = _batch(*shape, work.packed or within) | {"use_cache": False}
         if work.own_loss:
             return model(**batch, num_items_in_batch=count).loss
         at = torch.arange(rows * (work.length - 1))
@@ -158,12 +157,13 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
 
     recompute_layers(model, work.checkpointing)
     fuse_lora(model)
-    within = work.packed and packed_attention(device) == "varlen" and use_varlen(model)
+    within = packed_attention(device) == "varlen" and use_varlen(model)
     _compute_as(model, dtype, rules)
     if rules is gpu_rules:
         recompute_by_gpu_rules(model)
     cast = dtype in (torch.bfloat16, torch.float16)
-    with ledger, told_packing(work.packed, within and device.device == "cpu"):
+    one_by_one = within and device.device == "cpu"
+    with ledger, told_packing(work.packed or within, one_by_one, 0 if work.packed else work.length):
         with disable_input_dtype_casting(model, cast):
             state, gradients = _train(model.train(), forward, work, ledger)
         if evaluates:

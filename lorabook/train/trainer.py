@@ -218,16 +218,17 @@ class AdapterTrainer(Trainer):
 
 def _collator(model, tokenizer, packed, multiple):
     "What makes batches, once the model was asked what it needs."
-    if not packed:
-        return PadCollator(tokenizer.pad_token_id, multiple, needs_mask(model))
     if packed_attention() == "varlen" and use_varlen(model):
         collate = PackCollator(tokenizer.pad_token_id, multiple, flatten=True)
         try:
             check_packing(model, collate)
             return collate
         except (ConfigError, RuntimeError) as error:
-            print(f"Attention within conversations doesn't work, a mask is used:\n{error}")
             model.set_attn_implementation("sdpa")
+            if packed:
+                print(f"Attention within conversations doesn't work, a mask is used:\n{error}")
+    if not packed:
+        return PadCollator(tokenizer.pad_token_id, multiple, needs_mask(model))
     attention = str(model.config.get_text_config()._attn_implementation)
     collate = PackCollator(tokenizer.pad_token_id, multiple, flatten="flash" in attention)
     check_packing(model, collate)
@@ -261,8 +262,11 @@ def create_trainer(
             "float16",
             "Attach it with `setup_lora`, which keeps it in float32.",
         )
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     packed = any("position_ids" in getattr(rows, "column_names", ()) for rows in (train, eval))
-    arguments = training_arguments(cfg, model, output_dir, has_eval, seed, not packed)
+    collate = _collator(model, tokenizer, packed, 1 if model.device.type == "cpu" else 8)
+    by_length = isinstance(collate, PadCollator)
+    arguments = training_arguments(cfg, model, output_dir, has_eval, seed, by_length)
     share = _recomputed(cfg, arguments.use_cpu)
     if share < 1:  # what is less than all, the `Trainer` can't say
         recompute_layers(model, share)
@@ -271,7 +275,6 @@ def create_trainer(
         keep_freed_memory()
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
-    model.config.use_cache = model.config.get_text_config().use_cache = False
     extra = [HistoryCallback(), LiveLogCallback(), *(callbacks or [])]
     if has_eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
@@ -281,7 +284,7 @@ def create_trainer(
         train_dataset=train,
         eval_dataset=eval if has_eval else None,
         processing_class=tokenizer,
-        data_collator=_collator(model, tokenizer, packed, 1 if arguments.use_cpu else 8),
+        data_collator=collate,
         callbacks=extra,
     )
     trainer.remove_callback(PrinterCallback)
