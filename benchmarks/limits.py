@@ -3,10 +3,10 @@
     python benchmarks/limits.py --workload cpu             writes results/limits_cpu.json
     python benchmarks/limits.py --workload Qwen2.5-0.5B    needs a GPU; as in train.py
 
-The training is that of train.py, by lorabook. The limit is the time that its matrix products and its
-attention would take at the rate of the fastest of a few large products, measured here in the same
-number format. Operations are counted by torch, and timed by its profiler after a first step; on a GPU
-the time is that of the kernels, and what is left of the wall clock is idle.
+The training is that of train.py, by lorabook. The limit is the time that its matrix products and
+its attention would take at the rate of the fastest of a few large products, measured here in the
+same number format. Operations are counted by torch and timed by its profiler after a first step; on
+a GPU the time is that of the kernels, and what is left of the wall clock is idle.
 """
 
 import argparse

@@ -6,10 +6,11 @@
     python benchmarks/train.py --workload Llama-3.2-1B           and Llama-3.1-8B
 
 All peers train the same adapter on the same token ids, for as many conversations in an optimizer
-step, in the same order of magnitude of steps: three passes over the rows on a CPU, one on a GPU. Each is a process of its own,
-and they take turns. Only the training is timed, from its first step to its last; a token is one of
-a conversation, padding does not count. The memory is the peak above what the process had before the
-model was made: of its own memory on a CPU, as torch counts on a GPU.
+step, in the same order of magnitude of steps: three passes over the rows on a CPU, so that the
+first steps don't weigh much, and one on a GPU. Each is a process of its own, and they take turns.
+Only the training is timed, from its first step to its last; a token is one of a conversation,
+padding does not count. The memory is the peak above what the process had before the model was made:
+of its own memory on a CPU, as torch counts on a GPU.
 
 The recipe pads every row to `max_length`, trains on all tokens, and keeps nothing: it is given as
 people copy it. TRL is measured as it comes, without recomputing, and packed without recomputing,

@@ -44,13 +44,13 @@ def _by_kernel(q, k, v, ends, scaling, window):
 
 def _one_by_one(q, k, v, ends, scaling, window, dropout):
     "[tokens, heads, width], one conversation after the other."
-    results = []
-    for a, b in zip(ends, ends[1:]):
-        parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+    results, lengths = [], [b - a for a, b in zip(ends, ends[1:])]
+    for length, *parts in zip(lengths, *(x.split(lengths) for x in (q, k, v))):
+        parts = [x.transpose(0, 1)[None] for x in parts]
         parts[1:] = [repeat_kv(x, q.shape[1] // k.shape[1]) for x in parts[1:]]
         mask = None
-        if window is not None and b - a > window:
-            mask = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).tril()
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
             mask = mask.triu(1 - window)
         options = dict(dropout_p=dropout, is_causal=mask is None, scale=scaling)
         result = scaled_dot_product_attention(*parts, mask, **options)
