@@ -14,7 +14,8 @@ of its own memory on a CPU, as torch counts on a GPU.
 
 The recipe pads every row to `max_length`, trains on all tokens, and keeps nothing: it is given as
 people copy it. TRL is measured as it comes, without recomputing, and packed without recomputing,
-with labels of the answers alone; its best is what the ratios are taken from.
+with labels of the answers alone; its best is what the ratios are taken from. Unsloth is measured if
+it is installed, which takes a GPU.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import json
 import random
 import tempfile
 import time
+from importlib.util import find_spec
 
 from common import RESULTS, machine, median, run_peer, save
 from memory import SHAPES
@@ -55,7 +57,8 @@ TRL = {
     "trl, kept activations": dict(gradient_checkpointing=False),
     "trl, packed, kept activations": dict(gradient_checkpointing=False, packing=True),
 }
-PEERS = ["recipe", *TRL, "lorabook"]
+UNSLOTH = {"unsloth": {}, "unsloth, packed": dict(packing=True)}
+PEERS = ["recipe", *TRL, *(UNSLOTH if find_spec("unsloth") else ()), "lorabook"]
 
 
 def rows_of(workload):
@@ -181,7 +184,29 @@ def recipe(model, tokenizer, rows, work, folder):
 
 
 def trl(model, tokenizer, rows, work, folder, **changes):
-    """TRL's trainer; packed, a step holds about as many conversations as otherwise."""
+    """TRL's trainer."""
+    return sft_trainer(adapted(model), tokenizer, rows, work, folder, **changes)
+
+
+def unsloth(model, tokenizer, rows, work, folder, **changes):
+    """Unsloth's model and adapter in TRL's trainer; it loads its model from a folder."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    quantized = getattr(model, "is_quantized", False)
+    del model
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=work["max_length"], dtype=torch.bfloat16, load_in_4bit=quantized
+    )
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, target_modules=layers)
+    return sft_trainer(model, tokenizer, rows, work, folder, **changes)
+
+
+def sft_trainer(model, tokenizer, rows, work, folder, **changes):
+    """Packed, a step holds about as many conversations as otherwise."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -194,7 +219,7 @@ def trl(model, tokenizer, rows, work, folder, **changes):
         values |= dict(gradient_accumulation_steps=count // micro)
     data = Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
     return SFTTrainer(
-        model=adapted(model),
+        model=model,
         args=SFTConfig(**values),
         train_dataset=data,
         processing_class=tokenizer,
@@ -235,15 +260,19 @@ def measure(peer, workload):
     from lorabook.memory import MemoryTimeline
 
     work, rows = WORKLOADS[workload], rows_of(workload)
+    if peer in UNSLOTH:
+        import unsloth as _  # noqa: F401  before transformers, as it asks for
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    make = trl if peer in TRL else globals()[peer]
+    make = globals()[peer.partition(",")[0]]
     timeline = MemoryTimeline(interval=0.01)
     with tempfile.TemporaryDirectory() as folder, timeline:
         timeline.mark("start")
         model, tokenizer = model_of(workload, dtype, on_gpu and workload == "Llama-3.1-8B")
         timeline.mark("model")
-        trainer = make(model, tokenizer, rows, work, folder, **TRL.get(peer, {}))
+        options = (TRL | UNSLOTH).get(peer, {})
+        trainer = make(model, tokenizer, rows, work, folder, **options)
+        del model
         timeline.mark("prepared")
         start = time.perf_counter()
         trainer.train()
@@ -317,14 +346,18 @@ def main():
         speed, memory = ours["tokens_per_second"], ours["peak_bytes"]
         if "recipe" in table:
             result["times_the_recipe"] = speed / table["recipe"]["tokens_per_second"]
+        others = [table[peer]["tokens_per_second"] for peer in UNSLOTH if peer in table]
+        if others:
+            result["times_unsloth"] = speed / max(others)
         if best:
             result["times_trl"] = speed / max(peer["tokens_per_second"] for peer in best)
             result["memory_of_trl"] = memory / min(peer["peak_bytes"] for peer in best)
     if args.peers == PEERS:
         save(f"train_{args.workload}", result)
         draw(table, RESULTS / f"train_{args.workload}.png")
-    for key in ("times_the_recipe", "times_trl", "memory_of_trl"):
-        print(f"{key}: {result.get(key, float('nan')):.2f}")
+    for key in ("times_the_recipe", "times_trl", "times_unsloth", "memory_of_trl"):
+        if key in result:
+            print(f"{key}: {result[key]:.2f}")
 
 
 if __name__ == "__main__":
