@@ -233,8 +233,8 @@ class ProbeCallback(TrainerCallback):
             failed, peak = self._try(partial(step, model, batch, args), model)
             peaks.append(peak)
             if failed:
-                size = " x ".join(map(str, batch["input_ids"].shape))
-                raise _too_long(f"{size} tokens in {name}", failed)
+                size = f"{min(count, len(rows))} rows, {batch['input_ids'].numel():,} tokens"
+                raise _too_long(f"{size}, in {name}", failed)
         self.log.mark("probe")
         self.log.probed = held + max(peaks) if all(peaks) else None
         print(_beside(self.log))
