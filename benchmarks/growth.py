@@ -122,8 +122,12 @@ def draw(curves, path):
                 values = [point[key] / scale for point in points]
                 label = f"{peer}, exponent {slope(points, key):.2f}"
                 panel.loglog([point["value"] for point in points], values, "o-", label=label)
+        values = AXES[axis]
         for panel, unit in zip(panels[:, column], ("seconds", "GB")):
             panel.set(ylabel=unit)
+            panel.set_xticks(values, [f"{v // 1000}k" if v >= 8000 else v for v in values])
+            panel.minorticks_off()
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.legend(frameon=False, fontsize=8)
             panel.spines[["top", "right"]].set_visible(False)
         what = {"context": "tokens in the row", "vocabulary": "vocabulary", "rows": "conversations"}
