@@ -32,7 +32,7 @@ class _LoraProduct(torch.autograd.Function):
         inner = (x if thinned is None else thinned).flatten(0, -2).to(y.dtype)
         with torch.autocast(y.device.type, enabled=False):
             low = inner @ low_A.T
-            y.flatten(0, -2).addmm_(low, low_B.T, alpha=scale)
+            y.view(-1, y.shape[-1]).addmm_(low, low_B.T, alpha=scale)
         ctx.save_for_backward(inner, low, low_A, low_B)
         ctx.scale, ctx.base, ctx.formats, ctx.shape = scale, base, (x.dtype, A.dtype), x.shape
         return y
