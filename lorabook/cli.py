@@ -7,7 +7,9 @@ __all__ = ['main']
 
 # %% ../nbs/81_cli.ipynb #b0651344
 import argparse
+import gc
 import sys
+from contextlib import contextmanager
 
 from . import __version__
 from .config import RunConfig
@@ -56,10 +58,23 @@ def _read_config(words):
     return (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
 
 
+@contextmanager
+def _loading():
+    "Import without the search for garbage, of which an import leaves none."
+    print("loading torch, transformers and peft", file=sys.stderr, flush=True)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _plan(cfg, name):
     "Print what a run needs, where it fits, and what would be chosen."
-    from lorabook.devices import device_table, fit
-    from lorabook.hardware import find_device
+    with _loading():
+        from lorabook.devices import device_table, fit
+        from lorabook.hardware import find_device
 
     device = find_device(name)
     print("The config as it is, with the usual settings in place of `auto`")
@@ -79,7 +94,8 @@ def main(
         elif arguments.command == "plan":
             _plan(cfg, arguments.device)
         else:
-            from lorabook.run import run_training
+            with _loading():
+                from lorabook.run import run_training
 
             run_training(cfg, resume_from_checkpoint=arguments.resume_from or arguments.resume)
     except LorabookError as error:

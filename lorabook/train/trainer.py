@@ -8,6 +8,7 @@ __all__ = ['suggest_learning_rate', 'check_training_arguments', 'training_argume
 
 # %% ../../nbs/61_train.trainer.ipynb #f7db5f7c
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -189,6 +190,13 @@ class AdapterTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         with disable_input_dtype_casting(self.model, self.args.bf16 or self.args.fp16):
             return super().training_step(*args, **kwargs)
+
+    @cached_property
+    def _parameters(self):
+        return self.model.num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs):
+        return 6 * inputs["input_ids"].numel() * self._parameters  # counted once, not every time
 
     _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
 
