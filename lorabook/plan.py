@@ -34,7 +34,7 @@ from lorabook.hardware import (
 )
 from .model.adapter import recompute_layers, setup_lora
 from .model.attention import use_varlen
-from .model.layer import fuse_lora
+from .model.layer import fuse_layers
 from .model.load import load_config
 from .model.loss import Tail, trained_loss
 from .pictures import show_size
@@ -156,7 +156,7 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
         return trained_loss(model, batch, count, at, tail)
 
     recompute_layers(model, work.checkpointing)
-    fuse_lora(model)
+    fuse_layers(model)
     within = packed_attention(device) == "varlen" and use_varlen(model)
     _compute_as(model, dtype, rules)
     if rules is gpu_rules:

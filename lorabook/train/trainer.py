@@ -26,7 +26,7 @@ from ..hardware import mixed_precision, packed_attention
 from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
 from ..model.attention import use_varlen
-from ..model.layer import fuse_lora
+from ..model.layer import fuse_layers
 from ..model.loss import check_loss, trained_loss
 from .callbacks import HistoryCallback, LiveLogCallback
 
@@ -278,7 +278,7 @@ def create_trainer(
     share = _recomputed(cfg, arguments.use_cpu)
     if share < 1:  # what is less than all, the `Trainer` can't say
         recompute_layers(model, share)
-    fuse_lora(model)
+    fuse_layers(model)
     if arguments.use_cpu:
         keep_freed_memory()
     if arguments.gradient_checkpointing:
