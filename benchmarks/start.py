@@ -32,7 +32,7 @@ def lorabook():
             while len(seconds) < len(MARKS):
                 part = os.read(process.stdout.fileno(), 1 << 16)
                 if not part:
-                    raise SystemExit(f"`lorabook run` ended before its first step:\n{text.decode()}")
+                    raise SystemExit(f"It ended before its first step:\n{text.decode()}")
                 text += part
                 now = time.perf_counter() - start
                 seconds |= {k: now for k, v in MARKS.items() if v in text and k not in seconds}
