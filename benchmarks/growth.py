@@ -113,6 +113,7 @@ def slope(points, key):
 def draw(curves, path):
     """Time above, memory below, one column for each axis."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, panels = plt.subplots(2, len(AXES), figsize=(10, 5), layout="constrained")
     for column, axis in enumerate(AXES):
@@ -127,6 +128,9 @@ def draw(curves, path):
             panel.set(ylabel=unit)
             panel.set_xticks(values, [f"{v // 1000}k" if v >= 8000 else v for v in values])
             panel.minorticks_off()
+            low, high = panel.get_ylim()
+            panel.set_ylim(low / 1.5, high * 1.5)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.legend(frameon=False, fontsize=8)
             panel.spines[["top", "right"]].set_visible(False)
