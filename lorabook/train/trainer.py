@@ -243,6 +243,35 @@ def _collator(model, tokenizer, packed, multiple):
     return collate
 
 
+def _check_trained(model):
+    "Refuse a model that has nothing to train, or that can't be trained as it is."
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise TrainingError(
+            "No parameter of the model would be trained.",
+            type(model).__name__,
+            "Attach an adapter first, with `setup_lora`.",
+        )
+    if any(p.dtype is torch.float16 for p in trained):
+        raise TrainingError(
+            "The adapter is in float16, which the gradient scaler can't train.",
+            "float16",
+            "Attach it with `setup_lora`, which keeps it in float32.",
+        )
+
+
+def _make_ready(model, cfg, arguments):
+    "What to recompute, faster layers, and on a CPU memory that stays with the process."
+    share = _recomputed(cfg, arguments.use_cpu)
+    if share < 1:  # what is less than all, the `Trainer` can't say
+        recompute_layers(model, share)
+    fuse_layers(model)
+    if arguments.use_cpu:
+        keep_freed_memory()
+    if arguments.gradient_checkpointing:
+        model.enable_input_require_grads()
+
+
 def create_trainer(
     model,  # from `setup_lora`, or a model with a native adapter
     tokenizer,  # saved with every checkpoint
@@ -257,32 +286,13 @@ def create_trainer(
 ):  # `trainer.train(resume_from_checkpoint=...)` starts it; raises `ConfigError`, `TrainingError`
     "A `Trainer` that trains the adapter and keeps the best."
     cfg, has_eval = cfg or TrainingSettings(), eval is not None and len(eval) > 0
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise TrainingError(
-            "No parameter of the model would be trained.",
-            type(model).__name__,
-            "Attach an adapter first, with `setup_lora`.",
-        )
-    if any(p.dtype is torch.float16 for p in trained):
-        raise TrainingError(
-            "The adapter is in float16, which the gradient scaler can't train.",
-            "float16",
-            "Attach it with `setup_lora`, which keeps it in float32.",
-        )
+    _check_trained(model)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     packed = any("position_ids" in getattr(rows, "column_names", ()) for rows in (train, eval))
     collate = _collator(model, tokenizer, packed, 1 if model.device.type == "cpu" else 8)
     by_length = isinstance(collate, PadCollator)
     arguments = training_arguments(cfg, model, output_dir, has_eval, seed, by_length)
-    share = _recomputed(cfg, arguments.use_cpu)
-    if share < 1:  # what is less than all, the `Trainer` can't say
-        recompute_layers(model, share)
-    fuse_layers(model)
-    if arguments.use_cpu:
-        keep_freed_memory()
-    if arguments.gradient_checkpointing:
-        model.enable_input_require_grads()
+    _make_ready(model, cfg, arguments)
     extra = [HistoryCallback(), LiveLogCallback(), *(callbacks or [])]
     if has_eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
