@@ -55,6 +55,7 @@ WORKLOADS = {  # conversations, their lengths, passes; micro-batch, and how many
 TRL = {
     "trl": {},
     "trl, kept activations": dict(gradient_checkpointing=False),
+    "trl, kept, twice the rows": dict(gradient_checkpointing=False, times=2),
     "trl, packed, kept activations": dict(gradient_checkpointing=False, packing=True),
 }
 UNSLOTH = {"unsloth": {}, "unsloth, packed": dict(packing=True)}
@@ -210,6 +211,8 @@ def sft_trainer(model, tokenizer, rows, work, folder, **changes):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    more = changes.pop("times", 1)  # times the micro-batch, in as many times fewer parts
+    work = work | dict(micro=work["micro"] * more, steps=work["steps"] // more)
     values = arguments(work, folder, max_length=work["max_length"]) | changes
     if changes.get("packing"):
         tokens = sum(row["length"] for row in rows) / len(rows) * work["micro"] * work["steps"]

@@ -9,6 +9,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns i
 
 _HOME = {  # public name -> the module that defines it; loaded on first use
     "RunConfig": "config",
+    "ModelSettings": "config",
+    "DataSettings": "config",
+    "LoraSettings": "config",
+    "TrainingSettings": "config",
     "LorabookError": "errors",
     "detect_hardware": "hardware",
     "print_gpu_memory_usage": "memory",

@@ -77,7 +77,9 @@ def _plan(cfg, name):
         from lorabook.hardware import find_device
 
     device = find_device(name)
-    print("The config as it is, with the usual settings in place of `auto`")
+    length = cfg.model.max_length
+    print("The config as it is, with the usual settings in place of `auto`.")
+    print(f"Rows of {length} tokens (a run reads the data first, and plans for its longest row).")
     print(device_table(cfg, devices=[name] if name else None))
     print(f"\nWhat `lorabook run` takes on {device.name}", fit(cfg, name), sep="\n")
 

@@ -76,7 +76,8 @@ class RunResult:
         ]
 
     def __str__(self):
-        lines = [f"{'':<16}{'base':>10}{'adapter':>10}"] + [
+        name = f"{self.after.rows} test rows" if self.after else ""
+        lines = [f"{name:<16}{'base':>10}{'adapter':>10}"] + [
             f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()
         ]
         on_cpu = self.memory.plan is not None and self.memory.plan.device.device == "cpu"

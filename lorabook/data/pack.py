@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
-from .batch import cache_file, content_key, run_watched
+from .batch import cache_file, check_columns, content_key, run_watched
 from ..errors import ConfigError, DataError
 
 # %% ../../nbs/34_data.pack.ipynb #6791f937
@@ -87,6 +87,7 @@ def pack(
     name: str = "rows",  # of the split, for what is printed
 ) -> Dataset:  # {input_ids, labels, position_ids: [n] int, length: int}; raises `DataError`
     "Put several conversations into each row; prints how many."
+    check_columns(dataset, ["input_ids", "labels", "length"], name, "`prepare_datasets` makes them")
     lengths = np.asarray(dataset.with_format("numpy")["length"][:], dtype=np.int64)
     if len(lengths) and lengths.max() > max_length:
         raise DataError(

@@ -114,8 +114,8 @@ def use_varlen(
 ) -> bool:  # whether it now attends within conversations
     "Let a model attend within conversations, if it uses SDPA and could use FlashAttention."
     config = model.config.get_text_config()
-    could = getattr(model, "_supports_flash_attn", False) and config._attn_implementation == "sdpa"
-    if not could or getattr(config, "attention_chunk_size", None):
+    name, could = config._attn_implementation, getattr(model, "_supports_flash_attn", False)
+    if not could or name not in ("sdpa", NAME) or getattr(config, "attention_chunk_size", None):
         return False
     model.set_attn_implementation(NAME)
     return True

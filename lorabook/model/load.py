@@ -12,8 +12,8 @@ import warnings
 import torch
 from huggingface_hub import is_offline_mode
 
-from ..config import ModelSettings, builtin_path
-from ..errors import ModelError
+from ..config import ModelSettings, builtin_path, nearest
+from ..errors import ConfigError, ModelError
 from ..hardware import Hardware, choose_quantization, compute_dtype, detect_hardware
 
 # %% ../../nbs/20_model.load.ipynb #38fc85c6
@@ -186,14 +186,28 @@ def _dtype(cfg, hardware):
     return compute_dtype(hardware) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 # %% ../../nbs/20_model.load.ipynb #bb294ab3
+def _check_attention(name):
+    "Refuse a name that transformers doesn't know; one with a slash is a kernel of the hub."
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name not in known and "/" not in name:
+        raise ConfigError(
+            "`model.attn_implementation` can't have this value.",
+            name,
+            f"Leave it out, or use one of: {', '.join(sorted(known))}.{nearest(name, known)}",
+        )
+
+
 def load_config(
     name: str = "builtin",  # `builtin`, a local folder, or a hub id
-    cfg: ModelSettings | None = None,  # revision and trust_remote_code are used
-):  # a `PreTrainedConfig`; raises `ModelError`
+    cfg: ModelSettings | None = None,  # not for its dtype and quantization
+):  # a `PreTrainedConfig`; raises `ConfigError`, `ModelError`
     "The config of a model, a few kB; the weights are not looked at."
     from transformers import AutoConfig
 
     cfg, path = cfg or ModelSettings(), builtin_path("model") if name == "builtin" else name
+    _check_attention(cfg.attn_implementation)
     try:
         return AutoConfig.from_pretrained(
             path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code

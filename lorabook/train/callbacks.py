@@ -107,10 +107,15 @@ class LiveLogCallback(TrainerCallback):
         write=tqdm.write,  # called with each line
     ):
         self.write, self.bar, self.pending = write, None, {}
-        self.start, self.first = time.monotonic(), 0  # an evaluation may come before any training
+        self.start, self.first, self.tokens = (
+            time.monotonic(),
+            0,
+            0,
+        )  # evaluated before any training
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
+        self.tokens = getattr(state, "num_input_tokens_seen", 0)
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", leave=False, delay=0.5
         )
@@ -127,7 +132,9 @@ class LiveLogCallback(TrainerCallback):
         self.pending = {}
 
     def _line(self, state):
-        per_step = (time.monotonic() - self.start) / max(state.global_step - self.first, 1)
+        passed = time.monotonic() - self.start
+        per_step = passed / max(state.global_step - self.first, 1)
+        tokens = (getattr(state, "num_input_tokens_seen", 0) - self.tokens) / passed
         left = int(per_step * (state.max_steps - state.global_step))
         names = {
             "loss": "loss",
@@ -141,6 +148,7 @@ class LiveLogCallback(TrainerCallback):
             if name in self.pending
         )
         clock = f"{left // 60}:{left % 60:02} left"
+        clock = f"{tokens:,.0f} tokens/s  {clock}" if tokens else clock
         self.write(f"step {state.global_step:>4}/{state.max_steps}  {shown}  {clock}")
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainingSettings
-from ..data.batch import PadCollator, needs_mask
+from ..data.batch import PadCollator, check_columns, needs_mask
 from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError
 from ..hardware import mixed_precision, packed_attention
@@ -198,6 +198,13 @@ class AdapterTrainer(Trainer):
     def floating_point_ops(self, inputs):
         return 6 * inputs["input_ids"].numel() * self._parameters  # counted once, not every time
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.args.include_num_input_tokens_seen == "no":  # without a synchronisation
+            seen = sum(batch["input_ids"].numel() for batch in batches)
+            self.state.num_input_tokens_seen += seen * self.accelerator.num_processes
+        return batches, count
+
     _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -233,8 +240,7 @@ def _collator(model, tokenizer, packed, multiple):
             return collate
         except (ConfigError, RuntimeError) as error:
             model.set_attn_implementation("sdpa")
-            if packed:
-                print(f"Attention within conversations doesn't work, a mask is used:\n{error}")
+            print(f"Attention within conversations doesn't work here, so it isn't used:\n{error}")
     if not packed:
         return PadCollator(tokenizer.pad_token_id, multiple, needs_mask(model))
     attention = str(model.config.get_text_config()._attn_implementation)
@@ -265,11 +271,22 @@ def _make_ready(model, cfg, arguments):
     share = _recomputed(cfg, arguments.use_cpu)
     if share < 1:  # what is less than all, the `Trainer` can't say
         recompute_layers(model, share)
-    fuse_layers(model)
+    fused = fuse_layers(model)
     if arguments.use_cpu:
         keep_freed_memory()
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
+    return fused
+
+
+def _how(trainer, fused):
+    "What a step consists of, in a line; the parts that make it fast, or that are missing."
+    collate, model = trainer.data_collator, trainer.model
+    attention = model.config.get_text_config()._attn_implementation
+    flat = getattr(collate, "flatten", False)
+    rows = "end to end, without padding" if flat else "padded, or packed with a mask"
+    logits = "of all tokens" if trainer.own_loss else "of trained tokens only"
+    return f"logits {logits}; rows {rows} (attention: {attention}); {fused} layers in one go"
 
 
 def create_trainer(
@@ -287,12 +304,14 @@ def create_trainer(
     "A `Trainer` that trains the adapter and keeps the best."
     cfg, has_eval = cfg or TrainingSettings(), eval is not None and len(eval) > 0
     _check_trained(model)
+    for name, rows in {"train": train, "eval": eval if has_eval else train}.items():
+        check_columns(rows, ["input_ids", "labels"], name, "`prepare_datasets` makes them")
     model.config.use_cache = model.config.get_text_config().use_cache = False
     packed = any("position_ids" in getattr(rows, "column_names", ()) for rows in (train, eval))
     collate = _collator(model, tokenizer, packed, 1 if model.device.type == "cpu" else 8)
     by_length = isinstance(collate, PadCollator)
     arguments = training_arguments(cfg, model, output_dir, has_eval, seed, by_length)
-    _make_ready(model, cfg, arguments)
+    fused = _make_ready(model, cfg, arguments)
     extra = [HistoryCallback(), LiveLogCallback(), *(callbacks or [])]
     if has_eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
@@ -306,6 +325,7 @@ def create_trainer(
         callbacks=extra,
     )
     trainer.remove_callback(PrinterCallback)
+    print(_how(trainer, fused))
     return trainer
 
 
