@@ -1,5 +1,6 @@
 # The two commands of the README. Each does all its own set-up, once.
 PYTHON ?= python3
+ARGS ?= --overwrite
 BIN := .venv/bin
 
 .PHONY: run test bench lab docs notebooks readme clean

@@ -31,6 +31,7 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "chat": "infer.generate",
     "evaluate": "infer.evaluate",
     "create_trainer": "train.trainer",
+    "train_loop": "train.loop",
     "save_model": "export.save",
     "run_training": "run",
     "RunResult": "run",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from . import __version__
 from .config import RunConfig
-from .errors import LorabookError
+from .errors import LorabookError, TrainingStopped
 
 # %% ../nbs/81_cli.ipynb #adf41a3b
 def _parser():
@@ -41,8 +41,11 @@ def _parser():
         help='for this one, such as "T4" or "A100 80"; none: this machine',
     )
     resume = commands.choices["run"].add_mutually_exclusive_group()
-    resume.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    resume.add_argument(
+        "--resume", action="store_true", help="go on from the last whole checkpoint"
+    )
     resume.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint")
+    resume.add_argument("--overwrite", action="store_true", help="replace the run in `output_dir`")
     return parser
 
 
@@ -86,7 +89,7 @@ def _plan(cfg, name):
 
 def main(
     argv: list[str] | None = None,  # None: those of the process
-) -> int:  # 0; 2 after an error of ours; 130 after an interrupt
+) -> int:  # 0; 2 after an error of ours; 130 if it was stopped
     "The `lorabook` command."
     arguments = _parser().parse_args(argv)
     try:
@@ -99,13 +102,17 @@ def main(
             with _loading():
                 from lorabook.run import run_training
 
-            run_training(cfg, resume_from_checkpoint=arguments.resume_from or arguments.resume)
+            resume = arguments.resume_from or arguments.resume
+            run_training(cfg, resume_from_checkpoint=resume, overwrite=arguments.overwrite)
+    except TrainingStopped as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 130
     except LorabookError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
-            "\nstopped; `lorabook run --resume` goes on from the latest checkpoint", file=sys.stderr
+            "\nstopped; `lorabook run --resume` goes on from the last checkpoint", file=sys.stderr
         )
         return 130
     return 0

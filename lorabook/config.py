@@ -296,6 +296,9 @@ class TrainingSettings:
     gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Auto = (
         "auto"  # recompute activations to save memory, of all layers or a share; auto: if needed
     )
+    max_time: Annotated[float, Field(gt=0)] | None = (
+        None  # minutes after which a checkpoint is saved and the training ends; None: no limit
+    )
     report_to: str | list[str] = "none"  # trackers, as in transformers: tensorboard, wandb, trackio
 
     @property

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LorabookError', 'ConfigError', 'DataError', 'TemplateError', 'ModelError', 'LossError', 'PlanError', 'HardwareError',
-           'TrainingError']
+           'TrainingError', 'TrainingStopped']
 
 # %% ../nbs/00_errors.ipynb #8572b29a
 class LorabookError(Exception):
@@ -54,3 +54,7 @@ class HardwareError(LorabookError, RuntimeError):
 
 class TrainingError(LorabookError, RuntimeError):
     "Training can't start, or can't go on."
+
+
+class TrainingStopped(TrainingError):
+    "Training was asked to end before its last step; it can be resumed."

@@ -9,6 +9,7 @@ __all__ = ['RunResult', 'run_training']
 import dataclasses
 import json
 import shutil
+import statistics
 import time
 from contextlib import contextmanager
 from html import escape
@@ -29,8 +30,11 @@ from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
 from .pictures import table_html
-from .train.callbacks import HistoryCallback, MemoryCallback, ProbeCallback
-from .train.trainer import check_training_arguments, create_trainer, get_history
+from .train.arguments import check_training_arguments
+from .train.callbacks import HistoryCallback
+from .train.checkpoint import find_checkpoint, only_run
+from .train.probe import MemoryCallback, ProbeCallback
+from .train.trainer import create_trainer, get_history
 
 # %% ../nbs/80_run.ipynb #00641cca
 @dataclasses.dataclass
@@ -46,6 +50,12 @@ class RunResult:
     seconds: dict  # phase -> seconds
     config: RunConfig  # as it was run
 
+    @property
+    def tokens_per_second(self) -> float | None:  # None: nothing was logged
+        "Of the training, as the median of what was logged; the first is a warm-up."
+        found = self.history.column("tokens_per_second")[1]
+        return statistics.median(found[1:] or found) if found else None
+
     def to_dict(self) -> dict:  # what metrics.json holds
         "The figures of the run."
         scores = {
@@ -55,6 +65,7 @@ class RunResult:
             scores,
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
+            tokens_per_second=self.tokens_per_second,
             peak_memory_bytes=self.memory.peak,  # on a CPU, of the process with its libraries
             planned_tensor_bytes=self.memory.planned,
             measured_tensor_bytes=self.memory.measured,
@@ -82,6 +93,8 @@ class RunResult:
         ]
         on_cpu = self.memory.plan is not None and self.memory.plan.device.device == "cpu"
         whole, seconds = " of the process" if on_cpu else "", sum(self.seconds.values())
+        rate = self.tokens_per_second
+        speed = f", {rate:,.0f} tokens a second in training" if rate else ""
         if self.after:
             prompt, reference, answer = self.after.answers[0]
             example = (prompt[-1]["content"], self.before.answers[0][2], answer, reference)
@@ -90,7 +103,7 @@ class RunResult:
         return "\n".join(
             [
                 *(lines if self.after else []),
-                f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s",
+                f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s{speed}",
                 f"adapter: {self.adapter_dir}",
             ]
         )
@@ -146,41 +159,58 @@ class _Phases:
         self.seconds[name] = time.monotonic() - start
 
 
-def _prepare_output(cfg, resume):
-    "Make the output folder, and refuse to mix two runs in it."
-    folder, finished = Path(cfg.output_dir), Path(cfg.output_dir, "metrics.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = sorted(folder.glob("checkpoint-*"))
-        here = checkpoints if resume is True else [Path(resume)] if resume else []
-        if resume and not any((checkpoint / "trainer_state.json").exists() for checkpoint in here):
-            raise TrainingError(
-                "There is no checkpoint to resume from.",
-                f"nothing in {folder if resume is True else resume}",
-                "Start without resuming, or give the `output_dir` of the run.",
-            )
-        if checkpoints and not resume and not finished.exists():
-            raise TrainingError(
-                "The output folder holds an unfinished run.",
-                f"{folder}: {checkpoints[-1].name}",
-                "Resume it (`lorabook run --resume`, or `resume_from_checkpoint=True`), "
-                "give another `output_dir`, or delete its checkpoints.",
-            )
-    except OSError as error:
+def _check_output(cfg, resume, overwrite):
+    "The checkpoint to go on from, if any; refuses to mix two runs in one folder."
+    folder, finished = Path(cfg.output_dir), Path(cfg.output_dir, "metrics.json").exists()
+    if resume:
+        checkpoint = find_checkpoint(folder, resume)
+        print(f"goes on from {checkpoint}")
+        return str(checkpoint)
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    if (checkpoints or finished) and not overwrite:
+        raise TrainingError(
+            f"The output folder holds {'a finished' if finished else 'an unfinished'} run.",
+            f"{folder}: {', '.join(['metrics.json'] * finished + checkpoints)}",
+            "Give another `output_dir`, replace it (`overwrite=True`, `lorabook run --overwrite`)"
+            + ("." if finished else ", or resume it (`resume_from_checkpoint=True`, `--resume`)."),
+        )
+    return None
+
+
+_MAY_CHANGE = {f"training.{name}" for name in ("max_steps", "num_train_epochs", "max_time")}
+_MAY_CHANGE |= {f"training.{name}_steps" for name in ("logging", "eval", "save")}
+_MAY_CHANGE |= {"training.save_total_limit", "training.early_stopping_patience"}
+_MAY_CHANGE |= {"training.report_to", "output_dir", "versions"}
+
+
+def _flat(cfg):
+    "All settings, by their full names."
+    values = cfg.to_dict()
+    sections = {k: v for k, v in values.items() if isinstance(v, dict) and k != "versions"}
+    plain = {k: v for k, v in values.items() if k not in sections}
+    return plain | {f"{name}.{k}": v for name, of in sections.items() for k, v in of.items()}
+
+
+def _check_same(cfg, began):
+    "Refuse to resume with settings that would make it another run."
+    now, then = _flat(cfg), _flat(began)
+    changed = [
+        f"{key}: {then.get(key)!r} when it began, {now.get(key)!r} now"
+        for key in sorted(now.keys() | then.keys())
+        if key not in _MAY_CHANGE and now.get(key) != then.get(key)
+    ]
+    if changed:
         raise ConfigError(
-            "`output_dir` can't be written to.",
-            f"{folder}: {error}",
-            "Give a folder that you may write to.",
-        ) from error
+            "The config is not that of the run that should be resumed.",
+            "\n         ".join(changed),
+            f"Resume with {Path(cfg.output_dir, 'run.yaml')}, or begin a new run elsewhere.",
+        )
 
 # %% ../nbs/80_run.ipynb #17ad917b
 def _begin_output(cfg, resume):
     "Write the config; clear what an earlier, finished run left, now that this one can train."
     folder = Path(cfg.output_dir)
-    checkpoints = [] if resume else sorted(folder.glob("checkpoint-*"))
-    if checkpoints:
-        print(f"{folder} holds a finished run, which this one replaces")
-    for checkpoint in checkpoints:
+    for checkpoint in () if resume else folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     Path(folder, "metrics.json").unlink(missing_ok=True)
     cfg.to_yaml(folder / "run.yaml")
@@ -235,12 +265,13 @@ _DECIDED = {  # what `fit` may decide -> what goes with it
 def _as_before(cfg):
     "The config with what was decided when the run began; on resuming, other memory may be free."
     value = lambda config, key: attrgetter(key)(config)
-    try:
-        began = RunConfig.from_yaml(Path(cfg.output_dir, "run.yaml"))
-    except ConfigError:
-        return cfg
+    if not Path(cfg.output_dir, "run.yaml").exists():
+        return cfg  # a checkpoint from elsewhere
+    began = RunConfig.from_yaml(Path(cfg.output_dir, "run.yaml"))
     keys = [[key, *more] for key, more in _DECIDED.items() if value(cfg, key) == "auto"]
-    return cfg.override(*(f"{key}={value(began, key)}" for key in sum(keys, [])))
+    cfg = cfg.override(*(f"{key}={value(began, key)}" for key in sum(keys, [])))
+    _check_same(cfg, began)
+    return cfg
 
 
 def _decide(cfg, data, resume):
@@ -253,13 +284,20 @@ def _decide(cfg, data, resume):
 
 def run_training(
     cfg: RunConfig | None = None,  # None: the built-in run
-    resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the latest
+    resume_from_checkpoint: str | bool | None = None,  # a checkpoint; True: the last whole one
     callbacks: list | None = None,  # `TrainerCallback`s of your own
-) -> RunResult:  # raises the errors of each stage
+    overwrite: bool = False,  # replace what another run left in the output folder
+) -> RunResult:  # raises the errors of each stage, and `TrainingStopped`
     "Fine-tune, save, and compare with the base model."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
-    _prepare_output(cfg, resume_from_checkpoint)
+    with only_run(cfg.output_dir):
+        checkpoint = _check_output(cfg, resume_from_checkpoint, overwrite)
+        return _run(cfg, checkpoint, callbacks)
+
+
+def _run(cfg, checkpoint, callbacks):
+    "The stages, one after the other."
     phase = _Phases(6)
 
     with phase("data"):
@@ -267,7 +305,7 @@ def run_training(
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
         data = _tokenize(raw, tokenizer, cfg)
     with phase("plan"):
-        cfg, phase.memory.plan = _decide(cfg, data, resume_from_checkpoint)
+        cfg, phase.memory.plan = _decide(cfg, data, checkpoint)
     with phase("model", "adapted"):
         model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
         phase.memory.mark("loaded")
@@ -277,11 +315,11 @@ def run_training(
         before = None if _keeps_base(cfg) else _test(model, tokenizer, raw)
         print_gpu_memory_usage()
     with phase("train", "training"):
-        _begin_output(cfg, resume_from_checkpoint)
+        _begin_output(cfg, checkpoint)
         callbacks = [MemoryCallback(phase.memory), *(callbacks or [])]
         trainer = _create_trainer(model, tokenizer, data, cfg, callbacks)
         trainer.add_callback(ProbeCallback(trainer, phase.memory))
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         history = get_history(trainer)
     with phase("save", "saved"):
         adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)

@@ -28,6 +28,10 @@ settings.load_profile("lorabook")
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes many minutes")
+
+
 @pytest.fixture(scope="session")
 def root():
     "The repository."
