@@ -318,7 +318,7 @@ def test_loss_that_is_not_a_number(tmp_path, refused):
         return loss * torch.nan if bad and trainer.state.global_step >= 3 else loss
 
     trainer.compute_loss = poisoned
-    with refused(TrainingError, "not a number, in step 4", "training row 11", "checkpoint-3"):
+    with refused(TrainingError, "not a number, in step 4", "training row 11", "saved before is in"):
         trainer.train()
     assert all(weight.isfinite().all() for weight in trained(trainer).values())
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -368,3 +368,19 @@ def test_callback_that_fails(tmp_path, refused):
     trainer = make_trainer(tmp_path, callbacks=[Damage(2, lambda: 1 / 0)])
     with refused(TrainingError, "The callback Damage failed in `on_step_end`", "division by zero"):
         trainer.train()
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    "No evaluation is better than the first; the third of these ends it, in whichever process."
+    settings = dict(max_steps=12, eval_steps=1, early_stopping_patience=3, learning_rate=1e-30)
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    trainer = make_trainer(tmp_path / "run", **settings)
+    trainer.add_callback(Damage(2, trainer.stopper.stop))
+    with pytest.raises(TrainingStopped):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    for _ in range(2):  # once more, when there is nothing left to do
+        again = make_trainer(tmp_path / "run", **settings)
+        again.train(resume_from_checkpoint=True)
+        assert whole.state.global_step == again.state.global_step == 4

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..errors import LorabookError, TrainingError
 from ..infer.generate import generate
@@ -156,7 +156,7 @@ class LiveLogCallback(TrainerCallback):
         self.bar.close()
 
 # %% ../../nbs/60_train.callbacks.ipynb #779cf65a
-class SaveBestCallback(TrainerCallback):
+class SaveBestCallback(TrainerCallback, ExportableState):
     "Saves the adapter whenever the evaluation loss is lower than ever before."
 
     def __init__(
@@ -164,6 +164,10 @@ class SaveBestCallback(TrainerCallback):
         folder: str | Path | None = None,  # None: `best` inside the output directory
     ):
         self.folder, self.best = folder, math.inf
+
+    def state(self) -> dict:  # what a checkpoint keeps of it
+        "Its best loss."
+        return {"args": {"folder": self.folder}, "attributes": {"best": self.best}}
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         loss = metrics.get("eval_loss", math.nan)

@@ -7,7 +7,6 @@ __all__ = ['seal', 'written_whole', 'find_fault', 'find_checkpoint', 'check_no_c
 
 # %% ../../nbs/59_train.checkpoint.ipynb #ed75a6a7
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path

@@ -7,16 +7,13 @@ __all__ = ['AdapterTrainer', 'make_ready', 'create_trainer', 'get_history']
 
 # %% ../../nbs/61_train.trainer.ipynb #f7db5f7c
 from contextlib import nullcontext
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel, set_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
-from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..config import TrainingSettings
@@ -28,7 +25,6 @@ from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
 from ..model.attention import use_varlen
 from ..model.layer import fuse_layers
-from ..model.loss import check_loss, trained_loss
 from .arguments import recomputed, training_arguments
 from lorabook.train.callbacks import (
     DivergenceCallback,
@@ -47,171 +43,7 @@ from lorabook.train.checkpoint import (
     rotate,
     written_whole,
 )
-from .microbatch import MicroBatches, cut, ran_out
-
-# %% ../../nbs/61_train.trainer.ipynb #fc72deac
-class _LossTrainer(Trainer):
-    "A `Trainer` with the loss of chapter 22."
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.own_loss = self._why_own_loss()
-        if self.own_loss:
-            print(f"The model's own loss is used, with all logits: {self.own_loss}")
-        else:
-            self.model_accepts_loss_kwargs = True  # the tokens of a step are counted for the loss
-
-    def _why_own_loss(self):
-        "Why the model computes the loss itself; None: it needn't."
-        if self.args.label_smoothing_factor:
-            return "`label_smoothing_factor` needs them"
-        if not self.args.prediction_loss_only:
-            return "`prediction_loss_only` is off"
-        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "the model is spread over several devices"
-        return check_loss(self.model)
-
-    def training_step(self, *args, **kwargs):
-        with disable_input_dtype_casting(self.model, self.args.bf16 or self.args.fp16):
-            return super().training_step(*args, **kwargs)
-
-    @cached_property
-    def _parameters(self):
-        return self.model.num_parameters(exclude_embeddings=True)
-
-    def floating_point_ops(self, inputs):
-        return 6 * inputs["input_ids"].numel() * self._parameters  # counted once, not every time
-
-    _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        count = num_items_in_batch if model.training else None  # None: those of the batch
-        if self.own_loss:
-            loss, outputs = super().compute_loss(model, inputs, True, count)
-        else:
-            loss, outputs = trained_loss(model, inputs, count), {}
-            if count is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        if not model.training:
-            trained = (inputs["labels"][:, 1:] != -100).sum()
-            self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._evaluated = ()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, trained = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / trained
-        return output
-
-# %% ../../nbs/61_train.trainer.ipynb #656c1b88
-def _random_state(device):
-    "The random numbers' state, on the CPU and on the model's device."
-    on_device = [] if device.type == "cpu" else [torch.empty(0, device=device)]
-    return torch.get_rng_state(), get_device_states(*on_device)
-
-
-def _set_random_state(state, device):
-    "Put it back."
-    torch.set_rng_state(state[0])
-    if device.type != "cpu":
-        set_device_states(*state[1], device_type=device.type)
-
-
-class _SteadyTrainer(_LossTrainer):
-    "Steps that survive a lack of memory, and that end the training before it takes in a NaN."
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        several = self.accelerator.num_processes > 1 or self.args.n_gpu > 1
-        own = "the model's own loss is a mean over a whole micro-batch" if self.own_loss else None
-        self.micro = MicroBatches("several processes have to stay in step" if several else own)
-
-    def get_batch_samples(self, *args, **kwargs):
-        batches, count = super().get_batch_samples(*args, **kwargs)
-        self._step = batches  # the micro-batches of an optimizer step
-        self._losses = []  # of those that are done
-        if self.args.include_num_input_tokens_seen == "no":  # without a synchronisation
-            seen = sum(batch["input_ids"].numel() for batch in batches)
-            self.state.num_input_tokens_seen += seen * self.accelerator.num_processes
-        return batches, count
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self._losses:
-            self._random = _random_state(self.args.device)
-        done, batches = self._step[: len(self._losses) + 1], [inputs]
-        while (loss := self._try_micro(model, batches, num_items_in_batch)) is None:
-            model.zero_grad()
-            clear_device_cache(garbage_collection=True)
-            self.micro.shrink("training", done, self._failure)
-            _set_random_state(self._random, self.args.device)
-            batches = done
-        self._losses.append(loss)
-        if len(self._losses) == len(self._step):
-            self._check_finite(model)
-        return loss
-
-    def _try_micro(self, model, batches, count):
-        "The loss of the last of some micro-batches; None if memory ran out."
-        try:
-            for batch in batches:
-                parts = self.micro.parts("training", batch)
-                step = super().training_step
-                loss = sum([step(model, part, count) for part in parts])
-            return loss
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            self._failure = str(error).partition("\n")[0]
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        while True:
-            before = self._evaluated
-            try:
-                parts = self.micro.parts("evaluation", inputs)
-                step = super().prediction_step
-                return [step(model, part, *args, **kwargs) for part in parts][-1]
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
-                    raise
-                failure = str(error).partition("\n")[0]
-            self._evaluated = before
-            clear_device_cache(garbage_collection=True)
-            self.micro.shrink("evaluation", [inputs], failure)
-
-    def _check_finite(self, model):
-        "Raise if the step would put a NaN into the adapter."
-        figures = [torch.stack(self._losses).float().sum()]
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not (self.args.fp16 or self.is_fsdp_enabled):  # the scaler looks for itself
-            figures.append(torch.nn.utils.get_total_norm(grads).float())
-        if not torch.stack(figures).isfinite().all():
-            model.zero_grad()
-            raise TrainingError(
-                f"The loss or its gradient is not a number, in step {self.state.global_step + 1}.",
-                self._cause(),
-                "Look at these rows (`show_tokens`), lower `training.learning_rate`, or train in "
-                f"bfloat16 or float32. The adapter is as it was before this step. {self._kept()}",
-            )
-
-    def _cause(self):
-        "Which rows of a step have no finite loss."
-        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
-            return "the adapter's weights are not numbers themselves"
-        parts = [part for batch in self._step for part in cut(self._prepare_input(batch), 30)]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            bad = [p for p in parts if not self.compute_loss(self.model, p).isfinite()]
-        ids = [part["input_ids"][0].tolist() for part in bad or parts]
-        rows = [f"{self._row(i)} {self.processing_class.decode(i[:40])!r}" for i in ids[:3]]
-        more = f"\n         and {len(ids) - 3} more" if len(ids) > 3 else ""
-        which = "" if bad else "each row alone has a finite loss; the step has\n         "
-        return which + "\n         ".join(rows) + more
-
-    def _row(self, ids):
-        "Where a row stands in the data, if it is not packed."
-        texts = enumerate(row["input_ids"] for row in self.train_dataset)
-        found = next((i for i, text in texts if text[: len(ids)] == ids), None)
-        return "a conversation:" if found is None else f"training row {found}:"
+from .steps import StepTrainer
 
 # %% ../../nbs/61_train.trainer.ipynb #da9da05a
 class _ByLength(LengthGroupedSampler):
@@ -223,7 +55,7 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class AdapterTrainer(_SteadyTrainer):
+class AdapterTrainer(StepTrainer):
     "A `Trainer` for adapters: its loss, its steps and its checkpoints are safe."
 
     def __init__(self, *args, max_time=None, **kwargs):
@@ -300,6 +132,22 @@ class AdapterTrainer(_SteadyTrainer):
 
     def _push_from_checkpoint(self, folder):
         pass  # once the checkpoint is whole
+
+    def _load_callback_state(self):
+        saved = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            of_it = saved.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(of_it, dict):
+                vars(callback).update(of_it["attributes"])
+
+    def _run_epoch(self, *args, **kwargs):
+        stoppers = [
+            c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
+        ]
+        if any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers):
+            self.control.should_training_stop = True  # it had been stopped before it was resumed
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self):
         fault = find_fault(self.state.best_model_checkpoint)
