@@ -13,7 +13,7 @@ from lorabook import memory
 from lorabook.errors import HardwareError
 from lorabook.memory import GB, MemoryLog, MemoryTimeline, memory_now, memory_snapshot
 from lorabook.pictures import plot_timeline
-from lorabook.train.callbacks import MemoryCallback
+from lorabook.train.probe import MemoryCallback
 
 
 def threads():
