@@ -143,6 +143,7 @@ class LiveLogCallback(TrainerCallback):
             "eval_loss": "validation",
             "grad_norm": "gradient",
             "learning_rate": "rate",
+            "tokens_per_second": "tokens/s",
         }
         shown = "  ".join(
             f"{label} {self.pending[name]:<9.4g}"
