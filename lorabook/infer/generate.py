@@ -21,6 +21,9 @@ class Answer(str):
         answer.ended = ended
         return answer
 
+    def __getnewargs__(self):  # so that it can be sent to another process
+        return str(self), self.ended
+
 
 def _stop_ids(model, tokenizer):
     "Every token that ends a turn."

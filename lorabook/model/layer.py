@@ -21,7 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 def _unpacked(base, dtype):
     "The weight of a base layer, for a product of this number format."
     weight = base.weight
-    if (state := getattr(weight, "quant_state", None)) is not None:
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, state)
