@@ -25,6 +25,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("run", "fine-tune, save, and compare with the base model"),
+        ("launch", "the same in several processes, on one machine or many"),
         ("plan", "the memory that a run will need, where it fits, and the fastest settings"),
         ("config", "print a complete config as YAML"),
     ):
@@ -40,13 +41,32 @@ def _parser():
         metavar="CARD",
         help='for this one, such as "T4" or "A100 80"; none: this machine',
     )
-    resume = commands.choices["run"].add_mutually_exclusive_group()
+    for name in ("run", "launch"):
+        _add_beginnings(commands.choices[name])
+    _add_launch(commands.choices["launch"])
+    return parser
+
+
+def _add_beginnings(command):
+    "How a run begins."
+    resume = command.add_mutually_exclusive_group()
     resume.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint"
     )
     resume.add_argument("--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint")
     resume.add_argument("--overwrite", action="store_true", help="replace the run in `output_dir`")
-    return parser
+
+
+def _add_launch(command):
+    "How many processes, and where."
+    for name, kind, text in (
+        ("--nproc", int, "processes on this machine; none: one for each GPU"),
+        ("--nnodes", int, "machines, on each of which the same command is given; none: 1"),
+        ("--rdzv-endpoint", str, "host:port on one of the machines, where they meet"),
+        ("--rdzv-id", str, "name of the launch, the same on all machines"),
+        ("--max-restarts", int, "how often to begin again if a process dies; none: 0"),
+    ):
+        command.add_argument(name, type=kind, help=text, default=argparse.SUPPRESS)
 
 
 def _read_config(words):
@@ -87,6 +107,22 @@ def _plan(cfg, name):
     print(f"\nWhat `lorabook run` takes on {device.name}", fit(cfg, name), sep="\n")
 
 
+def _train(cfg, arguments):
+    "Run here, or in processes of their own."
+    with _loading():
+        from lorabook.run import run_training
+        from lorabook.train.launch import launch
+
+    resume = arguments.resume_from or arguments.resume
+    settings = cfg, resume, None, arguments.overwrite
+    if arguments.command == "run":
+        run_training(*settings)
+    else:
+        names = ("nproc", "nnodes", "rdzv_endpoint", "rdzv_id", "max_restarts")
+        given = {name: value for name, value in vars(arguments).items() if name in names}
+        launch(run_training, *settings, **given)
+
+
 def main(
     argv: list[str] | None = None,  # None: those of the process
 ) -> int:  # 0; 2 after an error of ours; 130 if it was stopped
@@ -99,11 +135,7 @@ def main(
         elif arguments.command == "plan":
             _plan(cfg, arguments.device)
         else:
-            with _loading():
-                from lorabook.run import run_training
-
-            resume = arguments.resume_from or arguments.resume
-            run_training(cfg, resume_from_checkpoint=resume, overwrite=arguments.overwrite)
+            _train(cfg, arguments)
     except TrainingStopped as error:
         print(f"\n{error}", file=sys.stderr)
         return 130

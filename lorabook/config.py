@@ -261,7 +261,7 @@ class TrainingSettings:
     "The optimisation."
 
     batch_size: Positive | Auto = (
-        4  # rows in a micro-batch, per device; auto: as 4, but cut into parts as large as fit
+        4  # rows in a micro-batch; auto: as 4, but cut into parts as large as fit
     )
     gradient_accumulation_steps: Positive = 8  # micro-batches in an optimizer step
     learning_rate: Annotated[float, Field(gt=0)] | Auto = "auto"  # peak; auto: by the model's width
@@ -299,6 +299,7 @@ class TrainingSettings:
     max_time: Annotated[float, Field(gt=0)] | None = (
         None  # minutes after which a checkpoint is saved and the training ends; None: no limit
     )
+    fsdp: bool = False  # several processes share the base model's layers out, and each holds a part
     report_to: str | list[str] = "none"  # trackers, as in transformers: tensorboard, wandb, trackio
 
     @property

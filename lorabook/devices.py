@@ -20,6 +20,7 @@ from .memory import memory_now
 from .model.load import load_config
 from .pictures import show_size, table_html
 from .plan import MemoryPlan, plan_step, with_overhead, workload
+from .processes import process_count
 
 # %% ../nbs/41_devices.ipynb #ae867220
 _MOST_ROWS = 4096  # where a table stops counting
@@ -156,7 +157,7 @@ def _divisors(n):
     return [k for k in range(n, 0, -1) if n % k == 0]
 
 
-def _options(cfg, device):
+def _options(cfg, device, processes):
     "What may be chosen: storages, shares of recomputed layers, rows of a micro-batch."
     training, wanted = cfg.training, cfg.model.quantization
     best = choose_quantization(wanted, device)
@@ -167,7 +168,7 @@ def _options(cfg, device):
     shares = _SHARES if share == "auto" else [float(share)]
     rows = training.batch_size
     steps = training.gradient_accumulation_steps
-    counts = _divisors(training.rows * steps) if rows == "auto" else [rows]
+    counts = _divisors(max(training.rows * steps // processes, 1)) if rows == "auto" else [rows]
     return kinds, shares, counts
 
 
@@ -222,14 +223,15 @@ def _what_is_free():
 class _Needs:
     "Bytes that a choice needs; from a few plans, and in between by proportion."
 
-    def __init__(self, config, cfg, device, length):
+    def __init__(self, config, cfg, device, length, processes):
         self.config, self.cfg, self.device, self.plans = config, cfg, device, {}
-        self.length = length or cfg.model.max_length
+        self.length, self.processes = length or cfg.model.max_length, processes
 
     def plan(self, kind, share, rows):
         if (kind, share, rows) not in self.plans:
             chosen = _decided(self.cfg, kind, share, rows)
-            work = dataclasses.replace(workload(chosen, self.device), length=self.length)
+            work = workload(chosen, self.device, self.processes)
+            work = dataclasses.replace(work, length=self.length)
             self.plans[kind, share, rows] = plan_step(self.config, chosen, work, self.device)
         return self.plans[kind, share, rows]
 
@@ -243,10 +245,10 @@ class _Needs:
         return self.plan(kind, share, rows).needed_bytes
 
 
-def _fastest(config, cfg, device, length):
+def _fastest(config, cfg, device, length, processes):
     "(config, plan) of the fastest choice that fits, or the bytes that the smallest one needs."
-    kinds, shares, all_rows = _options(cfg, device)
-    needs, memory = _Needs(config, cfg, device, length), device.memory_bytes
+    kinds, shares, all_rows = _options(cfg, device, processes)
+    needs, memory = _Needs(config, cfg, device, length, processes), device.memory_bytes
     cost = lambda choice: (_cost(*choice[:2], choice[2] * needs.length, device), choice[2])
     first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
     if needs.plan(*first).fits() or not others:
@@ -258,9 +260,9 @@ def _fastest(config, cfg, device, length):
     return least
 
 
-def _cautious(cfg, device, error):
+def _cautious(cfg, device, processes, error):
     "What needs least, for a model that can't be planned."
-    kinds, shares, all_rows = _options(cfg, device)
+    kinds, shares, all_rows = _options(cfg, device, processes)
     chosen = _decided(cfg, kinds[-1], shares[-1], all_rows[-1])
     return Fit(chosen, None, [f"not planned, so what needs least is taken: {error}"])
 
@@ -282,10 +284,12 @@ def fit(
     device: Hardware | str | None = None,  # or a card's name; None: what is free here
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`
     length: int | None = None,  # tokens of the longest row; None: `cfg.model.max_length`
+    processes: int | None = None,  # that train together; None: as many as there are
 ) -> Fit:  # raises `ConfigError`, `ModelError`, and `HardwareError` if nothing fits
     "Decide every `auto` for speed, within the memory of a device."
     cfg, device = cfg or RunConfig(), find_device(device) if device else _what_is_free()
     config = config or load_config(cfg.model.name, cfg.model)
+    processes = processes or process_count()
     tries = [(cfg, [])]
     if device.device == "cuda" and not hasattr(cfg.training, "optim"):
         for name in ("adamw_8bit", "paged_adamw_8bit"):
@@ -293,9 +297,9 @@ def fit(
             tries.append((cfg.override(f"training.optim={name}"), [why]))
     try:
         for changed, reasons in tries:
-            found = _fastest(config, changed, device, length)
+            found = _fastest(config, changed, device, length, processes)
             if isinstance(found, tuple):
                 return Fit(*found, _reasons(cfg, *found, device) + reasons)
     except PlanError as error:
-        return _cautious(cfg, device, error)
+        return _cautious(cfg, device, processes, error)
     raise _too_small(cfg, device, found)

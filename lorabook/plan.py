@@ -32,12 +32,13 @@ from lorabook.hardware import (
     find_device,
     packed_attention,
 )
-from .model.adapter import recompute_layers, setup_lora
+from .model.adapter import decoder_layers, recompute_layers, setup_lora
 from .model.attention import use_varlen
 from .model.layer import fuse_layers
 from .model.load import load_config
 from .model.loss import Tail, trained_loss
 from .pictures import show_size
+from .processes import process_count
 
 # %% ../nbs/40_plan.ipynb #b44bd72b
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Workload:
     checkpointing: float = 0.0  # share of the layers that are recomputed
     own_loss: bool = False  # of the model, with all logits, in place of that of chapter 22
     optimizer: str = "adamw_torch"  # as `optim` in `TrainingArguments`
+    holders: int = 1  # processes that share the base model's layers out
 
 
 def workload(
     cfg: RunConfig,  # `training`, `data` and `model.max_length` are used
     device: Hardware,  # where it is to run
+    processes: int = 1,  # how many train together
 ) -> Workload:  # the longest batch of the run
     "What the steps of a run work on."
     training = cfg.training
@@ -70,6 +73,7 @@ def workload(
         checkpointing=float(recomputes),
         own_loss=bool(getattr(training, "label_smoothing_factor", 0)),
         optimizer=str(getattr(training, "optim", "adamw_torch")),
+        holders=processes if training.fsdp else 1,
     )
 
 
@@ -253,7 +257,8 @@ class MemoryPlan:
         lines = [
             f"{self.model}, weights in {self.stored}: {self.work.rows} x {self.work.length} tokens"
             + (", packed" if self.work.packed else "")
-            + (f", {recomputed:.0%} of the layers recomputed" if recomputed else ""),
+            + (f", {recomputed:.0%} of the layers recomputed" if recomputed else "")
+            + (f", layers shared by {self.work.holders}" if self.work.holders > 1 else ""),
             f"needs {show_size(self.needed_bytes)} of the {show_size(memory)} of "
             f"{self.device.name} ({share:.0%}), most of all in the {self.phase}",
         ]
@@ -285,8 +290,16 @@ def _quietly():
         logging.disable(before)
 
 
+def _elsewhere(model, holders):
+    "Bytes of the layers that other processes hold; two layers are whole at a time."
+    frozen = lambda layer: (p for p in layer.parameters() if not p.requires_grad)
+    layers = decoder_layers(model)
+    sizes = [sum(p.untyped_storage().nbytes() for p in frozen(layer)) for layer in layers]
+    return max(0, int(sum(sizes) * (1 - 1 / holders)) - 2 * max(sizes, default=0))
+
+
 def _dry_run(config, cfg, work, device, evaluates):
-    "The ledger of a step, the storages of its gradients, and the dtype of compute."
+    "The ledger of a step, the storages of its gradients, the dtype, and bytes held elsewhere."
     kind = choose_quantization(cfg.model.quantization, device)
     auto = cfg.model.dtype == "auto"
     dtype = compute_dtype(device) if auto else getattr(torch, cfg.model.dtype)
@@ -296,7 +309,7 @@ def _dry_run(config, cfg, work, device, evaluates):
     enter_model(model, ledger, dtype)
     gradients = _run_step(model, work, dtype, ledger, device, evaluates)
     stored = {"nf4": "NF4", "int8": "int8", "none": str(dtype).removeprefix("torch.")}[kind]
-    return ledger, gradients, stored
+    return ledger, gradients, stored, _elsewhere(model, work.holders)
 
 
 def _reason(error):
@@ -316,7 +329,7 @@ def plan_step(
     "Follow the memory of one training step."
     try:
         with _quietly():
-            ledger, gradients, stored = _dry_run(config, cfg, work, device, evaluates)
+            ledger, gradients, stored, elsewhere = _dry_run(config, cfg, work, device, evaluates)
     except LossError:  # so the trainer will use the model's own
         work = dataclasses.replace(work, own_loss=True)
         return plan_step(config, cfg, work, device, evaluates)
@@ -335,7 +348,8 @@ def plan_step(
     for number in peaks[phase][1]:
         components[_component(ledger, number, gradients, vocabulary)] += ledger.sizes[number]
     components["context"] = _CONTEXT.get(device.device, 0)
-    phases = {phase: most for phase, (most, _) in peaks.items()}
+    components["base weights"] -= elsewhere
+    phases = {phase: most - elsewhere for phase, (most, _) in peaks.items()}
     name = f"{cfg.model.name} ({config.model_type})"
     return MemoryPlan(components, phases, work, name, stored, device)
 
@@ -344,8 +358,9 @@ def plan_memory(
     cfg: RunConfig | None = None,  # None: the built-in run
     device: Hardware | str | None = None,  # or a card's name, such as "T4"; None: this machine
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`, without its weights
+    processes: int | None = None,  # that train together; None: as many as there are
 ) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "What a run will need, from the model's config alone."
     cfg, device = cfg or RunConfig(), find_device(device)
     config = config or load_config(cfg.model.name, cfg.model)
-    return plan_step(config, cfg, workload(cfg, device), device)
+    return plan_step(config, cfg, workload(cfg, device, processes or process_count()), device)

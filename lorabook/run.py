@@ -30,9 +30,11 @@ from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
 from .pictures import table_html
+from .processes import from_first, one_voice, process_count
 from .train.arguments import check_training_arguments
 from .train.callbacks import HistoryCallback
 from .train.checkpoint import find_checkpoint, only_run
+from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
 from .train.trainer import create_trainer, get_history
 
@@ -214,6 +216,7 @@ def _begin_output(cfg, resume):
         shutil.rmtree(checkpoint)
     Path(folder, "metrics.json").unlink(missing_ok=True)
     cfg.to_yaml(folder / "run.yaml")
+    sign(folder)
 
 
 def _pack(data, cfg):
@@ -274,6 +277,12 @@ def _as_before(cfg):
     return cfg
 
 
+def _placed(cfg):
+    "The model's settings; layers that will be shared out are read into the machine's memory."
+    shared = cfg.training.fsdp and process_count() > 1
+    return dataclasses.replace(cfg.model, device_map="cpu") if shared else cfg.model
+
+
 def _decide(cfg, data, resume):
     "The config with every `auto` decided, and the plan of its memory."
     longest = max(max(rows["length"], default=0) for rows in data.values())
@@ -291,8 +300,9 @@ def run_training(
     "Fine-tune, save, and compare with the base model."
     cfg = RunConfig.from_dict((cfg or RunConfig()).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
-    with only_run(cfg.output_dir):
-        checkpoint = _check_output(cfg, resume_from_checkpoint, overwrite)
+    with one_voice(), only_run(cfg.output_dir):
+        resume = resume_from_checkpoint or begins_again(cfg.output_dir)
+        checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))
         return _run(cfg, checkpoint, callbacks)
 
 
@@ -305,9 +315,9 @@ def _run(cfg, checkpoint, callbacks):
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
         data = _tokenize(raw, tokenizer, cfg)
     with phase("plan"):
-        cfg, phase.memory.plan = _decide(cfg, data, checkpoint)
+        cfg, phase.memory.plan = from_first(lambda: _decide(cfg, data, checkpoint))
     with phase("model", "adapted"):
-        model, tokenizer = setup_model(cfg.model.name, cfg.seed, cfg.model)
+        model, tokenizer = setup_model(cfg.model.name, cfg.seed, _placed(cfg))
         phase.memory.mark("loaded")
         model = setup_lora(model, cfg.lora)
         trainable = trainable_report(model)
@@ -315,14 +325,15 @@ def _run(cfg, checkpoint, callbacks):
         before = None if _keeps_base(cfg) else _test(model, tokenizer, raw)
         print_gpu_memory_usage()
     with phase("train", "training"):
-        _begin_output(cfg, checkpoint)
+        from_first(lambda: _begin_output(cfg, checkpoint))
         callbacks = [MemoryCallback(phase.memory), *(callbacks or [])]
         trainer = _create_trainer(model, tokenizer, data, cfg, callbacks)
         trainer.add_callback(ProbeCallback(trainer, phase.memory))
         trainer.train(resume_from_checkpoint=checkpoint)
         history = get_history(trainer)
     with phase("save", "saved"):
-        adapter_dir = save_model(model, tokenizer, cfg.output_dir, cfg.model.name, cfg)
+        settings = cfg.output_dir, cfg.model.name, cfg
+        adapter_dir = from_first(lambda: save_model(model, tokenizer, *settings))
     with phase("test", "tested"):
         with model.disable_adapter():
             before = before or _test(model, tokenizer, raw)
@@ -331,6 +342,6 @@ def _run(cfg, checkpoint, callbacks):
     result = RunResult(
         adapter_dir, before, after, history, phase.memory, trainable, phase.seconds, cfg
     )
-    _write_metrics(result)
+    from_first(lambda: _write_metrics(result))
     print(f"\n{result}")
     return result

@@ -9,8 +9,10 @@ __all__ = ['held_out_loss', 'Scores', 'show_score', 'evaluate']
 import dataclasses
 import json
 import math
+from functools import partial
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..data.batch import PadCollator
@@ -18,9 +20,23 @@ from ..data.chat import encode_chats
 from ..data.template import text_of
 from ..errors import DataError
 from .generate import generate
+from ..processes import spread
 
 # %% ../../nbs/51_infer.evaluate.ipynb #f79a9b0c
 @torch.inference_mode()
+def _row_losses(model, collate, batch_size, rows):
+    "(summed loss, trained tokens) of each row."
+    losses = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="loss", delay=1, leave=False):
+        batch = collate(rows[start : start + batch_size])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        each = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        losses += zip(each.sum(1).tolist(), (labels != -100).sum(1).tolist())
+    return losses
+
+
 def held_out_loss(
     model,  # base model or adapter
     tokenizer,  # with a chat template
@@ -29,23 +45,13 @@ def held_out_loss(
     tools: list | None = None,  # for each conversation a list of JSON schemas, or None
 ) -> float:  # nats per trained token
     "Mean cross-entropy on what the assistant says."
-    rows, total, count = encode_chats(conversations, tokenizer, tools), 0.0, 0
+    rows = encode_chats(conversations, tokenizer, tools)
     rows.sort(key=lambda row: -len(row["input_ids"]))
     collate, was_training = PadCollator(tokenizer.pad_token_id), model.training
     model.eval()
-    for start in tqdm(range(0, len(rows), batch_size), desc="loss", delay=1, leave=False):
-        batch = {
-            key: value.to(model.device)
-            for key, value in collate(rows[start : start + batch_size]).items()
-        }
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-        ).item()
-        count += (labels != -100).sum().item()
+    losses = spread(partial(_row_losses, model, collate, batch_size), rows)
     model.train(was_training)
-    return total / count
+    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
 # %% ../../nbs/51_infer.evaluate.ipynb #c4403665
 @dataclasses.dataclass
@@ -160,9 +166,13 @@ def evaluate(
     tools = list(split["tools"]) if "tools" in split.column_names else None
     if max_new_tokens is None:
         max_new_tokens = int(1.25 * max(map(len, tokenizer(references)["input_ids"]))) + 8
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens, batch_size=batch_size, tools=tools
-    )
+
+    def answer(asked):
+        prompts, tools = zip(*asked)
+        options = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, tools=tools)
+        return generate(model, tokenizer, prompts, **options)
+
+    answers = spread(answer, list(zip(prompts, tools or [None] * len(prompts))))
     valid, fields = _score_json(references, answers)
     share = lambda hits: sum(hits) / len(answers)
     return Scores(

@@ -15,6 +15,7 @@ from huggingface_hub import is_offline_mode
 from ..config import ModelSettings, builtin_path, nearest
 from ..errors import ConfigError, ModelError
 from ..hardware import Hardware, choose_quantization, compute_dtype, detect_hardware
+from ..processes import process_count
 
 # %% ../../nbs/20_model.load.ipynb #38fc85c6
 _REASONS = {  # exception, by name -> what it means, what to do
@@ -181,6 +182,15 @@ def _keep_gradients(model):
             module.support_avx512bf16_for_cpu = False
 
 
+def _device_map(cfg, hardware):
+    "Where the weights go: all of one model to the card of this process, if there are several."
+    if cfg.device_map != "auto":
+        return cfg.device_map
+    if hardware.device == "cpu":
+        return {"": "cpu"}
+    return {"": torch.accelerator.current_device_index()} if process_count() > 1 else "auto"
+
+
 def _dtype(cfg, hardware):
     "The compute dtype: as set, or as the hardware suggests."
     return compute_dtype(hardware) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -235,8 +245,7 @@ def setup_model(
     config, tokenizer = load_config(name, cfg), setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
     options = dict(dtype=dtype, attn_implementation=cfg.attn_implementation, **shared)
-    on_cpu = hardware.device == "cpu" and cfg.device_map == "auto"
-    options["device_map"] = {"": "cpu"} if on_cpu else cfg.device_map
+    options["device_map"] = _device_map(cfg, hardware)
     if kind != "none":
         options["quantization_config"] = _quantization_config(kind, dtype)
     options |= dict(use_safetensors=True, output_loading_info=True)

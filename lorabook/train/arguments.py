@@ -14,6 +14,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..config import TrainingSettings
 from ..errors import ConfigError
 from ..hardware import mixed_precision
+from ..processes import process_count
+from .parallel import share_batch
 
 # %% ../../nbs/55_train.arguments.ipynb #7256c76f
 def suggest_learning_rate(
@@ -84,7 +86,6 @@ _FIXED = dict(  # correct training depends on these, or lorabook has its own in 
     disable_tqdm=True,
 )
 _SAME_NAME = (
-    "gradient_accumulation_steps",
     "max_steps",
     "num_train_epochs",
     "lr_scheduler_type",
@@ -121,14 +122,16 @@ def training_arguments(
     "The config in the words of transformers."
     weight = model.get_input_embeddings().weight
     on_cpu, auto_rate = weight.device.type == "cpu", cfg.learning_rate == "auto"
+    rows, steps = share_batch(cfg, process_count())
     values = {name: getattr(cfg, name) for name in _SAME_NAME} | _FIXED
     values |= _keeping_the_best(cfg, has_eval) | dict(
         output_dir=str(output_dir),
         seed=seed,
         use_cpu=on_cpu,
         **mixed_precision(weight.dtype),
-        per_device_train_batch_size=cfg.rows,
-        per_device_eval_batch_size=2 * cfg.rows,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=2 * rows,
+        gradient_accumulation_steps=steps,
         learning_rate=suggest_learning_rate(model) if auto_rate else cfg.learning_rate,
         **_checkpointing(recomputed(cfg, on_cpu) == 1),
         **_sampling(by_length),

@@ -22,6 +22,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from ..errors import LorabookError, TrainingError
 from ..infer.generate import generate
 from ..pictures import figure_html, table_html
+from ..processes import any_of_them, process_count
 
 # %% ../../nbs/60_train.callbacks.ipynb #e9f29506
 class HistoryCallback(TrainerCallback):
@@ -298,6 +299,8 @@ class StopCallback(TrainerCallback):
         self._going.wait()
         if self.max_time and time.monotonic() - self.start >= 60 * self.max_time:
             self.stop(f"{self.max_time:g} minutes are over (`training.max_time`)")
+        if any_of_them(self.reason is not None):
+            self.stop("another process was asked to")
         if self.reason and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -306,6 +309,8 @@ class StopCallback(TrainerCallback):
         "Take Ctrl-C and SIGTERM as a wish to stop, where this is the main thread."
 
         def ask(number, frame):
+            if self.reason and process_count() > 1:
+                return  # a launcher may say again what the terminal has said
             if self.reason:
                 raise KeyboardInterrupt
             self.stop(f"{signal.Signals(number).name} came")

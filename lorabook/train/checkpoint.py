@@ -17,6 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import ConfigError, TrainingError
 from ..pictures import show_size
+from ..processes import any_of_them, from_first, is_first, wait_for_all
 
 # %% ../../nbs/59_train.checkpoint.ipynb #0634fa60
 _LIST, _BESIDE = "checksums.json", ".saving"
@@ -45,26 +46,23 @@ def seal(
 @contextmanager
 def written_whole(
     target: str | Path,  # the folder to be; an older one of this name is replaced
-    process=None,  # an `Accelerator`, if several processes write into it; None: this one alone
 ):  # a folder beside it to write into; raises `TrainingError`
     "A folder that appears under its name when it is complete, with its checksums, or not at all."
-    target, first = Path(target), process is None or process.is_main_process
-    wait = process.wait_for_everyone if process else lambda: None
-    beside = target.parent / _BESIDE
+    target, beside, first = Path(target), Path(target).parent / _BESIDE, is_first()
     try:
         if first:
             shutil.rmtree(beside, ignore_errors=True)
             (beside / target.name).mkdir(parents=True)
-        wait()
+        wait_for_all()
         yield beside / target.name
-        wait()
+        wait_for_all()
         if first:
             seal(beside / target.name)
             if target.exists():
                 target.rename(beside / "older")
             (beside / target.name).rename(target)
             shutil.rmtree(beside)
-        wait()
+        wait_for_all()
     except Exception as error:
         if first:
             shutil.rmtree(beside, ignore_errors=True)
@@ -192,16 +190,13 @@ def check_room(
         )
 
 # %% ../../nbs/59_train.checkpoint.ipynb #398c1a67
-@contextmanager
-def only_run(
-    output_dir: str | Path,  # of the run
-):  # raises `TrainingError` and `ConfigError`
-    "Hold the folder of a run against other runs, and clear what a killed one was writing."
-    folder = Path(output_dir)
+def _lock(folder):
+    "Hold a folder; the lock."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
         lock.acquire()
+        return lock
     except Timeout:
         raise TrainingError(
             "Another run is writing into the output folder.",
@@ -214,9 +209,25 @@ def only_run(
             f"{folder}: {error}",
             "Give a folder that you may write to.",
         ) from error
+
+
+@contextmanager
+def only_run(
+    output_dir: str | Path,  # of the run
+):  # raises `TrainingError` and `ConfigError`
+    "Hold the folder of a run against other runs, and clear what a killed one was writing."
+    folder, locks = Path(output_dir), []
+    from_first(lambda: locks.append(_lock(folder)))  # of several processes, the first holds it
     try:
-        if lock.lock_counter == 1:
+        if any_of_them(not Path(folder, ".lock").exists()):
+            raise TrainingError(
+                "The processes don't see the same output folder.",
+                folder.absolute(),
+                "Give an `output_dir` on a disk that all machines share.",
+            )
+        if locks and locks[0].lock_counter == 1:
             shutil.rmtree(folder / _BESIDE, ignore_errors=True)
         yield
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()

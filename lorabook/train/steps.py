@@ -16,7 +16,9 @@ from transformers import Trainer
 
 from ..errors import TrainingError
 from ..model.loss import check_loss, trained_loss
+from ..processes import any_of_them, from_all
 from .microbatch import MicroBatches, cut, ran_out
+from .parallel import average_gradients, is_shared
 
 # %% ../../nbs/57_train.steps.ipynb #fc72deac
 class _LossTrainer(Trainer):
@@ -36,7 +38,7 @@ class _LossTrainer(Trainer):
             return "`label_smoothing_factor` needs them"
         if not self.args.prediction_loss_only:
             return "`prediction_loss_only` is off"
-        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.args.n_gpu > 1 or self.is_deepspeed_enabled:
             return "the model is spread over several devices"
         return check_loss(self.model)
 
@@ -63,7 +65,8 @@ class _LossTrainer(Trainer):
                 loss = loss * self.accelerator.num_processes
         if not model.training:
             trained = (inputs["labels"][:, 1:] != -100).sum()
-            self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
+            summed = torch.where(trained > 0, loss.float() * trained, 0)  # a mean of none is a NaN
+            self._evaluated += (torch.stack([summed, trained.float()]).detach(),)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -92,9 +95,14 @@ class StepTrainer(_LossTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        several = self.accelerator.num_processes > 1 or self.args.n_gpu > 1
-        own = "the model's own loss is a mean over a whole micro-batch" if self.own_loss else None
-        self.micro = MicroBatches("several processes have to stay in step" if several else own)
+        self.micro = MicroBatches(self._why_whole())
+
+    def _why_whole(self):
+        "Why micro-batches can't be cut; None: they can."
+        if self.own_loss:
+            return "the model's own loss is a mean over a whole micro-batch"
+        if is_shared(self.model):
+            return "the processes that share the layers have to stay in step"
 
     def get_batch_samples(self, *args, **kwargs):
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -117,6 +125,8 @@ class StepTrainer(_LossTrainer):
             batches = done
         self._losses.append(loss)
         if len(self._losses) == len(self._step):
+            if not self.is_deepspeed_enabled:  # which averages by itself
+                average_gradients(model)
             self._check_finite(model)
         return loss
 
@@ -152,13 +162,14 @@ class StepTrainer(_LossTrainer):
         "Raise if the step would put a NaN into the adapter."
         figures = [torch.stack(self._losses).float().sum()]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not (self.args.fp16 or self.is_fsdp_enabled):  # the scaler looks for itself
+        if grads and not self.args.fp16:  # the scaler looks for itself
             figures.append(torch.nn.utils.get_total_norm(grads).float())
-        if not torch.stack(figures).isfinite().all():
+        if any_of_them(not torch.stack(figures).isfinite().all()):
+            causes = dict.fromkeys(from_all(self._cause()))
             model.zero_grad()
             raise TrainingError(
                 f"The loss or its gradient is not a number, in step {self.state.global_step + 1}.",
-                self._cause(),
+                "\n         ".join(causes),
                 "Look at these rows (`show_tokens`), lower `training.learning_rate`, or train in "
                 "bfloat16 or float32. The adapter is as it was before this step, and what was "
                 f"saved before is in {self.args.output_dir}.",
@@ -168,6 +179,8 @@ class StepTrainer(_LossTrainer):
         "Which rows of a step have no finite loss."
         if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
             return "the adapter's weights are not numbers themselves"
+        if is_shared(self.model):
+            return "in which rows can't be told where processes share the layers"
         parts = [part for batch in self._step for part in cut(self._prepare_input(batch), 30)]
         with torch.no_grad(), self.compute_loss_context_manager():
             bad = [p for p in parts if not self.compute_loss(self.model, p).isfinite()]

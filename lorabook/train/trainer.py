@@ -6,10 +6,11 @@
 __all__ = ['AdapterTrainer', 'make_ready', 'create_trainer', 'get_history']
 
 # %% ../../nbs/61_train.trainer.ipynb #f7db5f7c
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
@@ -25,6 +26,7 @@ from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
 from ..model.attention import use_varlen
 from ..model.layer import fuse_layers
+from ..processes import from_first, process_count
 from .arguments import recomputed, training_arguments
 from lorabook.train.callbacks import (
     DivergenceCallback,
@@ -42,6 +44,13 @@ from lorabook.train.checkpoint import (
     only_run,
     rotate,
     written_whole,
+)
+from lorabook.train.parallel import (
+    EvenRows,
+    ThenBlanks,
+    is_shared,
+    share_layers,
+    start_equal,
 )
 from .steps import StepTrainer
 
@@ -63,14 +72,19 @@ class AdapterTrainer(StepTrainer):
         self.callback_handler.__class__ = NamedCallbacks
         self.stopper, self._beside = StopCallback(max_time), None
         self.add_callback(self.stopper)
+        if not self.is_deepspeed_enabled:  # nothing is wrapped; see `average_gradients`
+            self.accelerator.prepare_model = partial(
+                self.accelerator.prepare_model, evaluation_mode=True
+            )
+            start_equal(self.model)
 
     def train(self, resume_from_checkpoint=None, trial=None, **kwargs):
-        folder, first = self._get_output_dir(trial), self.is_world_process_zero()
-        with only_run(folder) if first else nullcontext(), self.stopper.listening():
+        folder = self._get_output_dir(trial)
+        with only_run(folder), self.stopper.listening():
             if resume_from_checkpoint:
                 resume_from_checkpoint = str(find_checkpoint(folder, resume_from_checkpoint))
-            elif first:
-                check_no_checkpoint(folder)
+            else:
+                from_first(partial(check_no_checkpoint, folder))
             check_room(folder, self.model, self.args.save_total_limit)
             output = super().train(resume_from_checkpoint or None, trial, **kwargs)
         if self.control.should_training_stop and self.stopper.reason:
@@ -95,11 +109,20 @@ class AdapterTrainer(StepTrainer):
             return "Nothing has been saved yet."
 
     def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
+        sampler, processes = super()._get_train_sampler(*args, **kwargs), process_count()
         if isinstance(sampler, LengthGroupedSampler):
-            sampler = _ByLength(sampler.batch_size, lengths=sampler.lengths)
+            sampler = _ByLength(sampler.batch_size * processes, lengths=sampler.lengths)
             sampler.seed = self.args.data_seed or self.args.seed
+        elif processes > 1:  # as accelerate does for one
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
         return sampler
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+        if process_count() > 1:
+            dataset, order = EvenRows(dataset, batch_size * process_count()), sampler_fn
+            if kwargs.get("is_training"):
+                sampler_fn = lambda rows: ThenBlanks(order(rows.rows), rows)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self.control.should_log |= self.control.should_save or self.control.should_evaluate
@@ -115,7 +138,7 @@ class AdapterTrainer(StepTrainer):
 
     def _save_checkpoint(self, model, trial):
         target = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        with written_whole(target, self.accelerator) as folder:
+        with written_whole(target) as folder:
             try:
                 self._beside = folder.parent
                 super()._save_checkpoint(model, trial)
@@ -224,7 +247,8 @@ def _how(trainer, fused):
     rows = "end to end, without padding" if flat else "padded, or packed with a mask"
     logits = "of all tokens" if trainer.own_loss else "of trained tokens only"
     layers = f"; {fused} layers in one go" if fused else ""
-    return f"logits {logits}; rows {rows} (attention: {attention}){layers}"
+    shared = f"; layers shared by {process_count()} processes" if is_shared(model) else ""
+    return f"logits {logits}; rows {rows} (attention: {attention}){layers}{shared}"
 
 
 def make_ready(
@@ -238,6 +262,8 @@ def make_ready(
 ) -> tuple:  # (`TrainingArguments`, collator, layers in one go); raises errors of these
     "Check a model and its rows, and make it fast."
     _check_trained(model)
+    if cfg.fsdp and process_count() > 1:
+        share_layers(model)
     for name, rows in {"train": train, "eval": eval or train}.items():
         check_columns(rows, ["input_ids", "labels"], name, "`prepare_datasets` makes them")
     model.config.use_cache = model.config.get_text_config().use_cache = False
