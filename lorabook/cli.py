@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/81_cli.ipynb #b0651344
 import argparse
 import gc
+import os
 import sys
 from contextlib import contextmanager
 
@@ -40,6 +41,9 @@ def _parser():
         "--device",
         metavar="CARD",
         help='for this one, such as "T4" or "A100 80"; none: this machine',
+    )
+    commands.choices["plan"].add_argument(
+        "--nproc", type=int, help="for so many processes, each with a card; none: 1"
     )
     for name in ("run", "launch"):
         _add_beginnings(commands.choices[name])
@@ -84,7 +88,8 @@ def _read_config(words):
 @contextmanager
 def _loading():
     "Import without the search for garbage, of which an import leaves none."
-    print("loading torch, transformers and peft", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first
+        print("loading torch, transformers and peft", file=sys.stderr, flush=True)
     gc.disable()
     try:
         yield
@@ -93,7 +98,7 @@ def _loading():
         gc.enable()
 
 
-def _plan(cfg, name):
+def _plan(cfg, name, processes):
     "Print what a run needs, where it fits, and what would be chosen."
     with _loading():
         from lorabook.devices import device_table, fit
@@ -103,24 +108,26 @@ def _plan(cfg, name):
     length = cfg.model.max_length
     print("The config as it is, with the usual settings in place of `auto`.")
     print(f"Rows of {length} tokens (a run reads the data first, and plans for its longest row).")
-    print(device_table(cfg, devices=[name] if name else None))
-    print(f"\nWhat `lorabook run` takes on {device.name}", fit(cfg, name), sep="\n")
+    print(device_table(cfg, devices=[name] if name else None, processes=processes))
+    found = fit(cfg, name, processes=processes)
+    print(f"\nWhat `lorabook run` takes on {device.name}", found, sep="\n")
 
 
-def _train(cfg, arguments):
-    "Run here, or in processes of their own."
+def _run(cfg, resume, overwrite):
+    "What is run, here or in processes of their own."
     with _loading():
         from lorabook.run import run_training
-        from lorabook.train.launch import launch
 
-    resume = arguments.resume_from or arguments.resume
-    settings = cfg, resume, None, arguments.overwrite
-    if arguments.command == "run":
-        run_training(*settings)
-    else:
-        names = ("nproc", "nnodes", "rdzv_endpoint", "rdzv_id", "max_restarts")
-        given = {name: value for name, value in vars(arguments).items() if name in names}
-        launch(run_training, *settings, **given)
+    run_training(cfg, resume_from_checkpoint=resume, overwrite=overwrite)
+
+
+def _launch(arguments, *settings):
+    "Run in several processes, which do the loading."
+    from lorabook.train.launch import launch
+
+    names = ("nproc", "nnodes", "rdzv_endpoint", "rdzv_id", "max_restarts")
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    launch(_run, *settings, **given)
 
 
 def main(
@@ -133,9 +140,11 @@ def main(
         if arguments.command == "config":
             print(cfg.to_yaml(), end="")
         elif arguments.command == "plan":
-            _plan(cfg, arguments.device)
+            _plan(cfg, arguments.device, arguments.nproc)
         else:
-            _train(cfg, arguments)
+            resume = arguments.resume_from or arguments.resume
+            settings = cfg, resume, arguments.overwrite
+            _run(*settings) if arguments.command == "run" else _launch(arguments, *settings)
     except TrainingStopped as error:
         print(f"\n{error}", file=sys.stderr)
         return 130
@@ -143,8 +152,6 @@ def main(
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nstopped; `lorabook run --resume` goes on from the last checkpoint", file=sys.stderr
-        )
+        print("\nstopped; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0

@@ -113,6 +113,7 @@ def device_table(
     cfg: RunConfig | None = None,  # None: the built-in run
     config=None,  # a `PreTrainedConfig`; None: that of `cfg.model.name`
     devices: list | None = None,  # `Hardware` or names of cards; None: all known, and this machine
+    processes: int | None = None,  # that train together, a card each; None: as many as there are
 ) -> DeviceTable:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "Where a run fits, and how long and how wide it could be there."
     cfg = cfg or RunConfig()
@@ -120,7 +121,7 @@ def device_table(
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     sizes, rows = {}, []
     for device in map(find_device, devices or [*DEVICES, None]):
-        work, memory = workload(cfg, device), device.memory_bytes
+        work, memory = workload(cfg, device, processes or process_count()), device.memory_bytes
         key = (device.device, choose_quantization(cfg.model.quantization, device), work)
         if key not in sizes:  # the cards of a kind differ in their size only
             sizes[key] = SizeModel(config, cfg, work, device)
@@ -274,7 +275,8 @@ def _too_small(cfg, device, needed):
         f"{cfg.model.name} does not fit on {device.name} in any way that these settings allow.",
         f"at least {show_size(needed)} needed, {show_size(device.memory_bytes)} there",
         "Shorten `model.max_length` (`lorabook plan` shows the longest rows that fit), take a "
-        "smaller model or a larger card, free what others hold (an earlier model in this notebook?)"
+        "smaller model or a larger card, share its layers out (`training.fsdp` in several "
+        "processes), free what others hold (an earlier model in this notebook?)"
         + (f", or let `auto` decide {', '.join(given)}." if given else "."),
     )
 

@@ -11,6 +11,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import torch
 from accelerate import debug_launcher
 
 from .config import builtin_path
@@ -83,6 +84,7 @@ def in_processes(
     with tempfile.TemporaryDirectory() as folder:
 
         def run():
+            torch.set_num_threads(1)  # those of the process that was copied are not there
             result = function()
             Path(folder, str(process_number())).write_bytes(pickle.dumps(result))
 

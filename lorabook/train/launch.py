@@ -7,8 +7,10 @@ __all__ = ['sign', 'begins_again', 'launch']
 
 # %% ../../nbs/64_train.launch.ipynb #fcc3384f
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,9 @@ def begins_again(
     return from_first(look)
 
 # %% ../../nbs/64_train.launch.ipynb #0fe109e9
+_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
 def _work(function, args):
     "Run in every process; the first one's result counts."
     try:
@@ -77,18 +82,24 @@ def _meeting(nnodes, rdzv_endpoint, rdzv_id):
 
 
 @contextmanager
-def _own_ways():
-    "Put the signal handlers back that the launcher replaces; errors are told here."
-    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-    before = {name: signal.getsignal(name) for name in names}
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds, for step and save
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def _passing_signals():
+    "Tell the processes what this one is told; they save and end. A second time ends at once."
+    told = []
+
+    def pass_on(number, frame):
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, pass_on) for number in _SIGNALS if main}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _failed(error):
@@ -113,31 +124,28 @@ def launch(
     max_restarts: int = 0,  # how often all begin again if a process dies
 ):  # what the first process returned; raises `TrainingError`, `TrainingStopped`
     "Run a function in several processes."
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     endpoint, name = _meeting(nnodes, rdzv_endpoint, rdzv_id)
+    config = LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=nproc or max(torch.cuda.device_count(), 1),
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        max_restarts=max_restarts,
+        signals_to_handle="SIGQUIT",  # the others are passed on
+        shutdown_timeout=10,  # seconds, until what waits for a dead process is ended too
+    )
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
     try:
-        with _own_ways():
-            config = LaunchConfig(
-                min_nodes=nnodes,
-                max_nodes=nnodes,
-                nproc_per_node=nproc or max(torch.cuda.device_count(), 1),
-                run_id=name,
-                rdzv_backend="c10d",
-                rdzv_endpoint=endpoint,
-                max_restarts=max_restarts,
-            )
+        with _passing_signals():
             result = elastic_launch(config, _work)(function, args).get(0)
     except ChildFailedError as error:
         raise _failed(error) from None
-    except SignalException as error:
-        raise TrainingStopped(
-            f"The training was stopped: {error.sigval.name} came.",
-            "see above for what was saved",
-            "Go on with `lorabook launch --resume`, or `resume_from_checkpoint=True`.",
-        ) from None
     if isinstance(result, TrainingStopped):
         raise result
     return result

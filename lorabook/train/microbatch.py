@@ -48,7 +48,7 @@ def _halves(batch):
 def _narrowed(part):
     "A batch without the columns behind its last trained token."
     trained = (part["labels"] != -100).any(0).nonzero()
-    width = int(trained.max()) + 1 if len(trained) else 0
+    width = int(trained.max()) + 1 if len(trained) else 2
     return {name: value[:, :width] for name, value in part.items()}
 
 
@@ -60,7 +60,8 @@ def cut(
     parts = [batch]
     for _ in range(times):
         parts = [half for part in parts for half in _halves(part)]
-    return parts if times == 0 else [part for part in parts if part["labels"].shape[1]]
+    trained = [part for part in parts if (part["labels"] != -100).any()]
+    return parts if times == 0 else trained or parts[:1]
 
 # %% ../../nbs/56_train.microbatch.ipynb #cf72e7a9
 class MicroBatches:

@@ -51,6 +51,8 @@ class EvenRows(Dataset):
     def __getitem__(self, i):
         if i < len(self.rows):
             return self.rows[i]
+        if i >= len(self):
+            raise IndexError(i)  # which ends a loop
         row = self.rows[0]
         cut = {name: v if isinstance(v, int) else v[:2] for name, v in row.items()}
         return cut | {"labels": [-100, -100], "length": 2}
@@ -74,7 +76,8 @@ class ThenBlanks(Sampler):
         yield from range(len(self.rows.rows), len(self.rows))
 
     def set_epoch(self, epoch):
-        self.sampler.set_epoch(epoch)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
 
 # %% ../../nbs/54_train.parallel.ipynb #3f4146f7
 def trained_parameters(model):

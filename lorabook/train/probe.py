@@ -54,7 +54,8 @@ def _longest(rows, count, collate, device):
 
 def _held(model):
     "Bytes of the tensors of a model."
-    tensors = [*model.parameters(), *model.buffers()]
+    held = lambda tensor: getattr(tensor, "to_local", lambda: tensor)()  # of a part, that part
+    tensors = map(held, [*model.parameters(), *model.buffers()])
     stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(store.nbytes() for store in stores.values())
 

@@ -57,16 +57,18 @@ class _LossTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         count = num_items_in_batch if model.training else None  # None: those of the batch
+        labels = inputs["labels"]  # with `label_smoothing_factor`, they are taken out
         if self.own_loss:
             loss, outputs = super().compute_loss(model, inputs, True, count)
+            if not (labels[:, 1:] != -100).any():  # a mean of none is a NaN
+                loss = 0 * outputs["logits"].sum()
         else:
             loss, outputs = trained_loss(model, inputs, count), {}
             if count is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         if not model.training:
-            trained = (inputs["labels"][:, 1:] != -100).sum()
-            summed = torch.where(trained > 0, loss.float() * trained, 0)  # a mean of none is a NaN
-            self._evaluated += (torch.stack([summed, trained.float()]).detach(),)
+            trained = (labels[:, 1:] != -100).sum()
+            self._evaluated += (torch.stack([loss.float() * trained, trained.float()]).detach(),)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -113,7 +114,7 @@ class AdapterTrainer(StepTrainer):
         if isinstance(sampler, LengthGroupedSampler):
             sampler = _ByLength(sampler.batch_size * processes, lengths=sampler.lengths)
             sampler.seed = self.args.data_seed or self.args.seed
-        elif processes > 1:  # as accelerate does for one
+        elif processes > 1 and isinstance(sampler, RandomSampler):  # as accelerate does for one
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
         return sampler
 
