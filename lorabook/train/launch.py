@@ -139,6 +139,8 @@ def launch(
         signals_to_handle="SIGQUIT",  # the others are passed on
         shutdown_timeout=10,  # seconds, until what waits for a dead process is ended too
     )
+    # of a store that is kept, a machine that joins later would not learn where it is
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
     try:
