@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,32 @@ def test_interrupted_and_resumed(rows, zygote, tmp_path):
     assert not (folder / "metrics.json").exists()
     assert zygote([*options, f"output_dir={folder}"], tmp_path / "log", resume=True) == 0
     assert_same(folder, whole)
+
+
+def test_sigterm(tmp_path, capsys):
+    "What a scheduler sends before it takes the machine away; the second one doesn't wait."
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match="after step 3 of 6: SIGTERM came"):
+        make_trainer(tmp_path / "run", callbacks=[Damage(3, terminate)]).train()
+    assert "finishing this step, then saving" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(
+            tmp_path / "twice", callbacks=[Damage(3, lambda: (terminate(), terminate()))]
+        ).train()
+    assert not (tmp_path / "twice" / "checkpoint-3").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_finished_run_started_again(tmp_path, refused):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with refused(TrainingError, "holds checkpoints of another training", "checkpoint-6"):
+        make_trainer(tmp_path).train()
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)  # nothing is left to do
+    for name, weight in trained(trainer).items():
+        assert torch.equal(trained(again)[name], weight), name
 
 
 def test_time_is_over(rows, tmp_path):
@@ -453,3 +480,11 @@ def test_loop_and_gradients_that_are_not_clipped(tmp_path):
     )
     assert without_clock(free.rows) == without_clock(limited.rows)
     assert free.rows[-1]["loss"] < free.rows[0]["loss"]
+
+
+def test_the_guide_names_these_tests(root):
+    "Each row of the table in the guide says where its fault is tested."
+    text = (root / "nbs" / "guides" / "09_what_goes_wrong.ipynb").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btest_\w+", text)) - {"test_survive"}
+    assert len(named) > 15
+    assert named <= set(globals()), named - set(globals())
