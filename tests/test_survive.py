@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from lorabook.errors import ConfigError, HardwareError, TrainingError, TrainingS
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
 from lorabook.run import run_training
+from lorabook.train.callbacks import SaveBestCallback
 from lorabook.train.checkpoint import only_run
+from lorabook.train.loop import train_loop
 from lorabook.train.trainer import create_trainer, get_history
 
 ZYGOTE = '''
@@ -116,8 +119,10 @@ def test_killed_at_any_moment(attention, rows, zygote, tmp_path, request):
     while done < kills:
         folder, log = tmp_path / f"killed-{done}", tmp_path / f"log-{done}"
         here = [*options, f"output_dir={folder}"]
+        begun = time.monotonic()
         code = zygote(here, log, kill=seconds * chance.uniform(0.3, 0.95))
-        if code == 0:  # it had finished
+        if code == 0:  # it had finished; the machine is less busy than it was
+            seconds = time.monotonic() - begun
             shutil.rmtree(folder)
             continue
         assert code == -signal.SIGKILL, log.read_text()
@@ -149,6 +154,32 @@ def test_interrupted_and_resumed(rows, zygote, tmp_path):
     assert not (folder / "metrics.json").exists()
     assert zygote([*options, f"output_dir={folder}"], tmp_path / "log", resume=True) == 0
     assert_same(folder, whole)
+
+
+def test_sigterm(tmp_path, capsys):
+    "What a scheduler sends before it takes the machine away; the second one doesn't wait."
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match="after step 3 of 6: SIGTERM came"):
+        make_trainer(tmp_path / "run", callbacks=[Damage(3, terminate)]).train()
+    assert "finishing this step, then saving" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(
+            tmp_path / "twice", callbacks=[Damage(3, lambda: (terminate(), terminate()))]
+        ).train()
+    assert not (tmp_path / "twice" / "checkpoint-3").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_finished_run_started_again(tmp_path, refused):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with refused(TrainingError, "holds checkpoints of another training", "checkpoint-6"):
+        make_trainer(tmp_path).train()
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)  # nothing is left to do
+    for name, weight in trained(trainer).items():
+        assert torch.equal(trained(again)[name], weight), name
 
 
 def test_time_is_over(rows, tmp_path):
@@ -231,21 +262,31 @@ def test_damaged_checkpoints(rows, zygote, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-def make_trainer(folder, seed=0, attention="sdpa", callbacks=None, **settings):
-    "A trainer of twelve rows of different lengths, without dropout."
+def make_parts(attention="sdpa", dropout=0.0):
+    "A model with an adapter, its tokenizer, and twelve rows of different lengths."
     model, tokenizer = setup_model(
         cfg=ModelSettings(quantization="none", attn_implementation=attention)
     )
-    model = setup_lora(model, LoraSettings(r=4, dropout=0))
+    model = setup_lora(model, LoraSettings(r=4, dropout=dropout))
     lengths = [5, 60, 17, 33, 8, 41, 12, 27, 50, 9, 22, 38]
     ids = [[(7 * i + j) % 900 + 10 for j in range(n)] for i, n in enumerate(lengths)]
     data = Dataset.from_list(
         [{"input_ids": x, "labels": [-100, *x[1:]], "length": len(x)} for x in ids]
     )
+    return model, tokenizer, data
+
+
+def make_settings(**settings):
+    "Six steps of four times two rows, of which there are two in an epoch."
     values = dict(max_steps=6, logging_steps=1, save_steps=2, learning_rate=1e-3)
     values |= dict(batch_size=4, gradient_accumulation_steps=2, early_stopping_patience=None)
-    values |= dict(train_sampling_strategy="sequential") | settings
-    cfg = TrainingSettings(**values)
+    return TrainingSettings(**values | settings)
+
+
+def make_trainer(folder, seed=0, attention="sdpa", callbacks=None, **settings):
+    "A trainer of these rows, in their order, without dropout."
+    model, tokenizer, data = make_parts(attention)
+    cfg = make_settings(**dict(train_sampling_strategy="sequential") | settings)
     return create_trainer(model, tokenizer, data, data, str(folder), cfg, seed, callbacks)
 
 
@@ -384,3 +425,68 @@ def test_early_stopping_goes_on_counting(tmp_path):
         again = make_trainer(tmp_path / "run", **settings)
         again.train(resume_from_checkpoint=True)
         assert whole.state.global_step == again.state.global_step == 4
+
+
+def run_loop(folder, callbacks=None, resume=None, attention="sdpa", **settings):
+    "The plain loop over these rows, with dropout: its model and its history."
+    model, tokenizer, data = make_parts(attention, dropout=0.1)
+    cfg = make_settings(**settings)
+    return model, train_loop(model, tokenizer, data, data, folder, cfg, 0, callbacks, resume)
+
+
+def without_clock(history):
+    return [{k: row[k] for k in row if k not in ("tokens_per_second", "idle")} for row in history]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"], ids=["end to end", "padded, by length"])
+def test_loop_goes_on_bit_for_bit(attention, tmp_path, refused):
+    "After a failure in the second epoch; a checkpoint damaged since then is passed over."
+    settings = dict(attention=attention, max_steps=8, eval_steps=1)
+    model, history = run_loop(tmp_path / "whole", **settings)
+    with refused(TrainingError, "The callback Damage failed", "division by zero"):
+        run_loop(tmp_path / "run", [Damage(5, lambda: 1 / 0)], **settings)
+    os.truncate(tmp_path / "run" / "checkpoint-4" / "loop.pt", 1000)
+    again, resumed = run_loop(tmp_path / "run", resume=True, **settings)
+    assert without_clock(resumed.rows) == without_clock(history.rows)
+    for (name, weight), expected in zip(again.named_parameters(), model.parameters()):
+        assert torch.equal(weight, expected), name
+
+
+def test_loop_goes_on_counting(tmp_path, refused):
+    "No evaluation is better than the first; what the callbacks counted so far is kept."
+    settings = dict(max_steps=12, eval_steps=1, early_stopping_patience=3, learning_rate=1e-30)
+    settings |= dict(save_steps=1)
+    _, whole = run_loop(tmp_path / "whole", **settings)
+    best = tmp_path / "best"
+    with refused(TrainingError, "The callback Damage failed"):
+        run_loop(tmp_path / "run", [SaveBestCallback(best), Damage(3, lambda: 1 / 0)], **settings)
+    shutil.rmtree(best)
+    for _ in range(2):  # once more, when there is nothing left to do
+        _, resumed = run_loop(tmp_path / "run", [SaveBestCallback(best)], True, **settings)
+        assert whole.rows[-1]["step"] == resumed.rows[-1]["step"] == 4
+    assert not best.exists()
+
+
+def test_loop_that_is_prolonged(tmp_path):
+    run_loop(tmp_path, max_steps=2)
+    _, history = run_loop(tmp_path, resume=True, max_steps=5)
+    assert history.rows[-1]["step"] == 5
+    _, again = run_loop(tmp_path, resume=True, max_steps=5)  # nothing left to do
+    assert without_clock(again.rows) == without_clock(history.rows)
+
+
+def test_loop_and_gradients_that_are_not_clipped(tmp_path):
+    "`max_grad_norm: 0` means no limit, as for the trainer."
+    (_, free), (_, limited) = (
+        run_loop(tmp_path / str(limit), max_grad_norm=limit) for limit in (0, 1e9)
+    )
+    assert without_clock(free.rows) == without_clock(limited.rows)
+    assert free.rows[-1]["loss"] < free.rows[0]["loss"]
+
+
+def test_the_guide_names_these_tests(root):
+    "Each row of the table in the guide says where its fault is tested."
+    text = (root / "nbs" / "guides" / "09_what_goes_wrong.ipynb").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btest_\w+", text)) - {"test_survive"}
+    assert len(named) > 15
+    assert named <= set(globals()), named - set(globals())

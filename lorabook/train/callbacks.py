@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HistoryCallback', 'LiveLogCallback', 'SaveBestCallback', 'SamplesCallback', 'ThroughputCallback',
-           'DivergenceCallback', 'StopCallback', 'NamedCallbacks']
+           'DivergenceCallback', 'StopCallback', 'NamedCallbacks', 'callback_states', 'restore_callbacks',
+           'stopped_early']
 
 # %% ../../nbs/60_train.callbacks.ipynb #2b19f8ef
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..errors import LorabookError, TrainingError
@@ -169,7 +170,8 @@ class SaveBestCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:  # what a checkpoint keeps of it
         "Its best loss."
-        return {"args": {"folder": self.folder}, "attributes": {"best": self.best}}
+        folder = self.folder and str(self.folder)
+        return {"args": {"folder": folder}, "attributes": {"best": self.best}}
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         loss = metrics.get("eval_loss", math.nan)
@@ -343,3 +345,31 @@ class NamedCallbacks(CallbackHandler):
                 "Mend it or leave it out; the training goes on from its last checkpoint "
                 "(`resume_from_checkpoint=True`).",
             ) from error
+
+# %% ../../nbs/60_train.callbacks.ipynb #339b826a
+def callback_states(
+    callbacks: list,  # of a training
+) -> dict:  # as `TrainerState.stateful_callbacks`
+    "What callbacks remember."
+    stateful = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+    return TrainerState(stateful_callbacks=stateful).stateful_callbacks
+
+
+def restore_callbacks(
+    callbacks: list,  # of a training that is resumed; changed in place
+    state: TrainerState,  # of its checkpoint
+):
+    "Give callbacks back what they remembered."
+    for name, saved in state.stateful_callbacks.items():
+        alike = [c for c in callbacks if type(c).__name__ == name]
+        saved = saved if isinstance(saved, list) else [saved]
+        for callback, of_it in zip(alike, saved[-len(alike) :]):
+            vars(callback).update(of_it["attributes"])
+
+
+def stopped_early(
+    callbacks: list,  # of a training
+) -> bool:  # also once it has been resumed
+    "Whether the evaluations have been without progress for too long."
+    stoppers = [c for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+    return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)

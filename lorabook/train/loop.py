@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['train_loop']
 
-# %% ../../nbs/62_train.loop.ipynb #fc6a44a9
+# %% ../../nbs/62_train.loop.ipynb #78a17ad2
+import dataclasses
 import math
 import random
 from functools import partial
@@ -14,77 +15,69 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import load
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from transformers import TrainerControl, TrainerState, get_scheduler, set_seed
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerControl,
+    TrainerState,
+    get_scheduler,
+    set_seed,
+)
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..config import TrainingSettings
+from ..data.batch import PadCollator
+from ..errors import ConfigError, TrainingError
 from ..model.loss import trained_loss
-from .callbacks import HistoryCallback, NamedCallbacks
+from lorabook.train.callbacks import (
+    DivergenceCallback,
+    HistoryCallback,
+    LiveLogCallback,
+    NamedCallbacks,
+    ThroughputCallback,
+    callback_states,
+    restore_callbacks,
+    stopped_early,
+)
 from lorabook.train.checkpoint import (
     check_no_checkpoint,
+    check_room,
     find_checkpoint,
+    find_fault,
     only_run,
     rotate,
     written_whole,
 )
 from .trainer import make_ready
 
-# %% ../../nbs/62_train.loop.ipynb #918f480f
-def _random_state():
-    "The random numbers' state, of Python, numpy and torch."
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+# %% ../../nbs/62_train.loop.ipynb #548864d7
+def _count_steps(rows, args):
+    "Optimizer steps in an epoch, and in all."
+    batches = math.ceil(len(rows) / args.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    whole = math.ceil(args.num_train_epochs * per_epoch)
+    return per_epoch, args.max_steps if args.max_steps > 0 else whole
 
 
-def _set_random_state(state):
-    "Put it back."
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    torch.cuda.set_rng_state_all(state[3])
-
-# %% ../../nbs/62_train.loop.ipynb #3b1a1d20
-def _save(folder, model, tokenizer, optimizer, scheduler, state):
-    "Write what the next step depends on; `scheduler` has the learning rate's position."
-    with written_whole(Path(folder, f"checkpoint-{state.global_step}")) as target:
-        model.save_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
-        parts = dict(optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
-        torch.save(parts | dict(random=_random_state()), target / "loop.pt")
-        state.save_to_json(target / "trainer_state.json")
-
-
-def _load(checkpoint, model, optimizer, scheduler):
-    "The state of a checkpoint, and the random numbers, to be set when the data stands ready."
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-    parts = torch.load(checkpoint / "loop.pt", weights_only=False)
-    optimizer.load_state_dict(parts["optimizer"])
-    scheduler.load_state_dict(parts["scheduler"])
-    return TrainerState.load_from_json(checkpoint / "trainer_state.json"), parts["random"]
-
-# %% ../../nbs/62_train.loop.ipynb #eaec58cd
-def _rows_in_order(rows, size, collate, seed):
-    "Batches in the order in which `Trainer` takes them."
-    sampler = SeedableRandomSampler(rows, data_seed=seed)
-    return DataLoader(rows, size, sampler=sampler, collate_fn=collate, pin_memory=False)
-
-
-def _log(events, args, state, control, figures):
-    "Note figures of a step, and tell the callbacks."
-    state.log_history.append(figures | dict(epoch=state.epoch, step=state.global_step))
-    events.on_log(args, state, control, logs=figures | dict(epoch=state.epoch))
+def _order(rows, args, by_length, epoch):
+    "The order of the rows in an epoch."
+    order = torch.Generator().manual_seed(args.seed + epoch)
+    if not by_length:
+        return RandomSampler(rows, generator=order)
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return LengthGroupedSampler(step, rows, generator=order)
 
 
 @torch.no_grad()
-def _held_out(model, rows, size, collate, autocast):
+def _held_out(model, rows, args, collate, autocast):
     "Loss in nats per trained token."
     model.eval()
     total = torch.zeros(2, device=model.device)
-    for batch in DataLoader(rows, size, collate_fn=collate):
+    for batch in DataLoader(rows, args.per_device_eval_batch_size, collate_fn=collate):
         batch = {name: value.to(model.device) for name, value in batch.items()}
         trained = (batch["labels"][:, 1:] != -100).sum()
         with autocast():
@@ -92,90 +85,216 @@ def _held_out(model, rows, size, collate, autocast):
     model.train()
     return float(total[0] / total[1])
 
+# %% ../../nbs/62_train.loop.ipynb #ca73e5f0
+_OBEYED = {field.name for field in dataclasses.fields(TrainingSettings)}
+_OBEYED -= {"max_time", "report_to"}
+_OBEYED |= {"max_grad_norm", "logging_first_step"}
 
+
+def _check_obeyed(cfg):
+    "Refuse settings that only the trainer knows."
+    usual = vars(TrainingSettings())
+    wanted = {name: value for name, value in vars(cfg).items() if value != usual.get(name)}
+    if ignored := [f"{name}: {wanted[name]!r}" for name in wanted if name not in _OBEYED]:
+        raise ConfigError(
+            "The plain loop doesn't know all of these settings.",
+            ", ".join(ignored),
+            "Leave them out, use `create_trainer`, or put them into a loop of your own.",
+        )
+
+# %% ../../nbs/62_train.loop.ipynb #e68d0178
+def _all_random_states():
+    "Of Python, numpy, and torch on every device."
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+
+
+def _set_all_random_states(states):
+    "Put them back."
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    torch.cuda.set_rng_state_all(states[3])
+
+
+class _Run:
+    "What surrounds the steps: the rows' order, callbacks, logs and checkpoints."
+
+    def __init__(self, args, rows, callbacks, model, tokenizer, optimizer, scheduler, scaler):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.per_epoch, self.steps = _count_steps(rows, args)
+        self.parts = dict(optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.history, self.losses, self.random = HistoryCallback(), [], None
+        usual = [DefaultFlowCallback(), ThroughputCallback(), DivergenceCallback(), self.history]
+        usual += [LiveLogCallback(), *callbacks]
+        self.events = NamedCallbacks(usual, model, tokenizer, optimizer, scheduler)
+
+    def tell(self, event, **more):
+        "Tell the callbacks."
+        getattr(self.events, event)(self.args, self.state, self.control, **more)
+
+    def begin(self, resume):
+        "Go on from a checkpoint, if that is wanted."
+        if resume:
+            self._load(find_checkpoint(self.args.output_dir, resume))
+        else:
+            check_no_checkpoint(self.args.output_dir)
+        check_room(self.args.output_dir, self.model, self.args.save_total_limit)
+        self.state.max_steps = self.steps
+        self.state.compute_steps(self.args, self.steps)
+        self.tell("on_train_begin")
+        over = self.state.global_step >= self.steps
+        self.control.should_training_stop = over or stopped_early(self.events.callbacks)
+
+    def micro_batches(self, rows, collate):
+        "Those of a step, and of the next, until there is nothing more to do."
+        args, control = self.args, self.control
+        size, per_step = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        while not control.should_training_stop:
+            epoch, done = divmod(self.state.global_step, self.per_epoch)
+            order = _order(rows, args, isinstance(collate, PadCollator), epoch)
+            loader = DataLoader(rows, size, sampler=order, collate_fn=collate)
+            batches = islice(loader, done * per_step, None)  # takes a random number, as `Trainer`
+            if self.random:
+                self.random = _set_all_random_states(self.random)  # None: once is enough
+            self.tell("on_epoch_begin")
+            while not control.should_training_stop and (step := list(islice(batches, per_step))):
+                yield step
+            self.tell("on_epoch_end")
+
+    def check_finite(self, norm):
+        "Raise if the gradient is no number; in float16 the scaler leaves such a step out."
+        if not (norm.isfinite() or self.args.fp16):
+            raise TrainingError(
+                f"The gradient is not a number, in step {self.state.global_step + 1}.",
+                f"its norm is {float(norm)}",
+                "Look at the rows (`show_tokens`), or lower `training.learning_rate`. "
+                f"What was saved before is in {self.args.output_dir}.",
+            )
+
+    def log(self, **figures):
+        "Note figures, and tell of them."
+        figures |= dict(epoch=self.state.epoch)
+        self.state.log_history.append(figures | dict(step=self.state.global_step))
+        self.tell("on_log", logs=figures)
+
+    def end_step(self, micro_batches, loss, norm, rate):
+        "Count a step, tell of it, and log if a callback wants it, or before anything is saved."
+        self.losses.append(loss)
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self.per_epoch
+        self.state.num_input_tokens_seen += sum(b["input_ids"].numel() for b in micro_batches)
+        self.tell("on_step_end")
+        wish = self.control
+        if wish.should_log or wish.should_evaluate or wish.should_save:
+            mean, self.losses = float(sum(self.losses)) / len(self.losses), []
+            self.log(loss=mean, grad_norm=float(norm), learning_rate=rate)
+
+    def end_evaluation(self, loss):
+        "Tell of an evaluation; if none was better, this adapter will be saved."
+        self.log(eval_loss=loss)
+        self.tell("on_evaluate", metrics=dict(eval_loss=loss))
+        state = self.state
+        if state.best_metric is None or loss < state.best_metric:
+            state.best_metric, state.best_global_step = loss, state.global_step
+            state.best_model_checkpoint = str(self._folder())
+            self.control.should_save = True
+
+    def _folder(self):
+        return Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+
+    def save(self):
+        "Write what the next step depends on."
+        self.state.stateful_callbacks = callback_states(self.events.callbacks)
+        with written_whole(self._folder()) as folder:
+            self.model.save_pretrained(str(folder))
+            self.tokenizer.save_pretrained(str(folder))
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save(parts | dict(random=_all_random_states()), folder / "loop.pt")
+            self.state.save_to_json(folder / "trainer_state.json")
+        best = self.state.best_model_checkpoint
+        rotate(self.args.output_dir, self.args.save_total_limit, best)
+        self.tell("on_save")
+
+    def _load(self, folder):
+        "What `save` has written."
+        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+        saved = load(folder / "loop.pt", map_location="cpu")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.random = saved["random"]
+        self.state = TrainerState.load_from_json(folder / "trainer_state.json")
+        restore_callbacks(self.events.callbacks, self.state)
+
+    def end(self):
+        "Take the best adapter, as the trainer does, and tell that this was all."
+        best = self.state.best_model_checkpoint
+        if best and (fault := find_fault(best)):
+            print(f"The best, {Path(best).name}, is damaged ({fault}); the last state is kept.")
+        elif best:
+            weights = load_file(Path(best, "adapter_model.safetensors"))
+            set_peft_model_state_dict(self.model, weights)
+        self.tell("on_train_end")
+
+# %% ../../nbs/62_train.loop.ipynb #9977a28d
 def train_loop(
     model,  # from `setup_lora`
     tokenizer,  # saved with every checkpoint
     train,  # prepared rows, packed or not
-    eval=None,  # prepared rows; None: no evaluation
+    eval=None,  # prepared rows; None: no evaluation, and the last adapter is kept
     output_dir: str = "outputs",  # for checkpoints
     cfg: TrainingSettings | None = None,  # None: the defaults
     seed: int = 42,  # of the data order and dropout
-    callbacks: list | None = None,  # `TrainerCallback`s
+    callbacks: list | None = None,  # `TrainerCallback`s of your own
     resume_from_checkpoint: str | bool | None = None,  # of this loop; True: the last whole one
 ) -> HistoryCallback:  # what was logged; raises `ConfigError`, `TrainingError`
-    "Train the adapter of a model."
+    "Train the adapter of a model, and keep the best."
     cfg = cfg or TrainingSettings()
+    _check_obeyed(cfg)
     args, collate, _ = make_ready(model, tokenizer, train, eval, output_dir, cfg, seed)
     set_seed(seed)
 
-    size, accumulated = args.train_batch_size, args.gradient_accumulation_steps
-    loader = _rows_in_order(train, size, collate, seed)
-    per_epoch = math.ceil(len(loader) / accumulated)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay)
+    steps = _count_steps(train, args)[1]
     warmup = args.get_warmup_steps(steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
     half = torch.float16 if args.fp16 else torch.bfloat16
     autocast = partial(torch.autocast, model.device.type, half, args.fp16 or args.bf16)
     scaler = torch.amp.GradScaler(model.device.type, enabled=args.fp16)
-
-    history, control, state = HistoryCallback(), TrainerControl(), TrainerState(max_steps=steps)
-    state.compute_steps(args, steps)
-    told = [DefaultFlowCallback(), history, *(callbacks or [])]
-    events = NamedCallbacks(told, model, tokenizer, optimizer, scheduler)
+    callbacks = list(callbacks or [])
+    if eval and cfg.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(cfg.early_stopping_patience))
 
     with only_run(output_dir):
-        randomness = None
-        if resume_from_checkpoint:
-            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-            state, randomness = _load(checkpoint, model, optimizer, scheduler)
-        else:
-            check_no_checkpoint(output_dir)
+        run = _Run(args, train, callbacks, model, tokenizer, optimizer, scheduler, scaler)
+        run.begin(resume_from_checkpoint)
         model.train()
-        events.on_train_begin(args, state, control)
-        summed, since = 0.0, state.global_step  # the loss, for the log
-        while state.global_step < steps and not control.should_training_stop:
-            epoch, done = divmod(state.global_step, per_epoch)
-            loader.sampler.set_epoch(epoch)
-            batches = islice(loader, done * accumulated, None)
-            while micro_batches := list(islice(batches, accumulated)):
-                if randomness:
-                    randomness = _set_random_state(randomness)  # None: once is enough
-                events.on_step_begin(args, state, control)
-                count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
-                for batch in micro_batches:
-                    batch = {name: value.to(model.device) for name, value in batch.items()}
-                    with autocast():
-                        loss = trained_loss(model, batch, count)
-                    scaler.scale(loss).backward()
-                    summed += loss.item()
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-                rate = scheduler.get_last_lr()[0]
-                scaler.step(optimizer)
-                scaler.update()
+        for micro_batches in run.micro_batches(train, collate):
+            run.tell("on_step_begin")
+            count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+            summed = 0.0
+            for batch in micro_batches:
+                batch = {name: value.to(model.device) for name, value in batch.items()}
+                with autocast():
+                    loss = trained_loss(model, batch, count)
+                scaler.scale(loss).backward()
+                summed += loss.detach()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+            run.check_finite(norm)
+            rate, scale = scheduler.get_last_lr()[0], scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if scaler.get_scale() >= scale:  # else the step was too large for float16: left out
                 scheduler.step()
-                optimizer.zero_grad()
+            optimizer.zero_grad()
 
-                state.global_step += 1
-                state.epoch = state.global_step / per_epoch
-                events.on_step_end(args, state, control)
-                if control.should_log or control.should_evaluate or control.should_save:
-                    row = dict(loss=summed / (state.global_step - since), grad_norm=float(norm))
-                    _log(events, args, state, control, row | dict(learning_rate=rate))
-                    summed, since = 0.0, state.global_step
-                if eval and control.should_evaluate:
-                    held_out = _held_out(model, eval, 2 * size, collate, autocast)
-                    _log(events, args, state, control, dict(eval_loss=held_out))
-                    events.on_evaluate(args, state, control, metrics=dict(eval_loss=held_out))
-                if control.should_save:
-                    _save(output_dir, model, tokenizer, optimizer, scheduler, state)
-                    rotate(output_dir, args.save_total_limit)
-                    events.on_save(args, state, control)
-                if control.should_training_stop:
-                    break
-        events.on_train_end(args, state, control)
-    return history
+            run.end_step(micro_batches, summed, norm, rate)
+            if eval and run.control.should_evaluate:
+                run.end_evaluation(_held_out(model, eval, args, collate, autocast))
+            if run.control.should_save:
+                run.save()
+        run.end()
+    return run.history

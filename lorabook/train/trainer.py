@@ -15,7 +15,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..config import TrainingSettings
@@ -36,6 +35,7 @@ from lorabook.train.callbacks import (
     NamedCallbacks,
     StopCallback,
     ThroughputCallback,
+    restore_callbacks,
 )
 from lorabook.train.checkpoint import (
     check_no_checkpoint,
@@ -158,11 +158,7 @@ class AdapterTrainer(StepTrainer):
         pass  # once the checkpoint is whole
 
     def _load_callback_state(self):
-        saved = self.state.stateful_callbacks
-        for callback in self.callback_handler.callbacks:
-            of_it = saved.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(of_it, dict):
-                vars(callback).update(of_it["attributes"])
+        restore_callbacks(self.callback_handler.callbacks, self.state)
 
     def _run_epoch(self, *args, **kwargs):
         stoppers = [
