@@ -13,6 +13,7 @@ import math
 import time
 from contextlib import nullcontext, redirect_stdout
 from itertools import accumulate, chain, repeat
+from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
 
@@ -138,7 +139,7 @@ def find_lr(
         model.train(was_training)
     return LearningRates(rates, losses)
 
-# %% ../../nbs/63_train.sweep.ipynb #a23e4897
+# %% ../../nbs/63_train.sweep.ipynb #8ad6198e
 _HOW = 'Give (low, high), (low, high, "log"), {low: .., high: .., log: ..}, or a list of choices.'
 _FIXED = {f"data.{name}" for name in ("validation_file", "test_file", "split", "train_on")}
 _FIXED |= {"data.over_length", "model.max_length", "training.max_time"}
@@ -201,7 +202,7 @@ def _distributions(cfg, space):
             check_training_arguments(_with(cfg, {name: value}).training)
     return found
 
-# %% ../../nbs/63_train.sweep.ipynb #5a1d8d1f
+# %% ../../nbs/63_train.sweep.ipynb #27c0b290
 def _size(distribution):
     "How many values there are."
     if hasattr(distribution, "choices") or distribution.single():
@@ -224,7 +225,7 @@ def _next_point(done, distributions, seed):
         pass
     return point
 
-# %% ../../nbs/63_train.sweep.ipynb #5c3ea324
+# %% ../../nbs/63_train.sweep.ipynb #ba57eb1b
 class _Report(TrainerCallback):
     "Tells optuna each evaluation, and ends a trial that it thinks little of."
 
@@ -295,7 +296,7 @@ class _Stages:
         if cfg.lora.init_lora_weights in (True, False):
             self.base = key, model.unload(), tokenizer
 
-# %% ../../nbs/63_train.sweep.ipynb #a32a34a7
+# %% ../../nbs/63_train.sweep.ipynb #f01ed061
 def _run_trial(stages, trial, cfg, values, folder):
     "Train at a point, and write down what became of it."
     from optuna.trial import TrialState
@@ -316,8 +317,12 @@ def _run_trial(stages, trial, cfg, values, folder):
     else:
         trial.study.tell(trial, min(report.losses))
 
-# %% ../../nbs/63_train.sweep.ipynb #c332c83e
-_COLORS = {"complete": "#0969da", "pruned": "#bbbbbb", "failed": "#cf222e"}
+# %% ../../nbs/63_train.sweep.ipynb #974ba403
+_MARKS = {
+    "complete": dict(marker="o", color="#0969da"),
+    "pruned": dict(marker="o", color="#bbbbbb"),
+    "failed": dict(marker="x", color="#cf222e"),
+}
 
 
 def _draw(sweep):
@@ -340,7 +345,7 @@ def _draw(sweep):
     panels[0].step(at, lowest, "k", where="post", linewidth=1, label="best so far")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper left", ncols=4, frameon=False)
+    figure.legend(*handles, loc="upper left", ncols=5, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     return figure
 
@@ -349,13 +354,19 @@ def _draw_field(axes, name, rows, wanted):
     "The loss over the values of one field, or over the number of the trial."
     choices, top = isinstance(wanted, list), axes.get_xaxis_transform()
     place = lambda row: wanted.index(row[name]) if choices else row[name]
-    for state, color in _COLORS.items():
+    for state, mark in _MARKS.items():
         some = [row for row in rows if row["state"] == state]
-        seen = [row for row in some if row["eval_loss"] is not None]
-        lost = [place(row) for row in some if row["eval_loss"] is None]
-        losses, label = [row["eval_loss"] for row in seen], state if some else None
-        axes.plot([place(row) for row in seen], losses, "o", color=color, markersize=4, label=label)
-        axes.plot(lost, [1] * len(lost), "x", color=color, transform=top, clip_on=False)
+        points = [(place(row), row["eval_loss"]) for row in some if row["eval_loss"] is not None]
+        if some:
+            mark = dict(mark, linestyle="", markersize=4)
+            axes.plot(*(zip(*points) if points else ([], [])), **mark, label=state)
+        for row in some:
+            if row["eval_loss"] is None:
+                axes.plot(place(row), 1, **mark, transform=top, clip_on=False)  # at the edge
+    if complete := [row for row in rows if row["state"] == "complete"]:
+        best = min(complete, key=itemgetter("eval_loss"))
+        ring = dict(color="black", fillstyle="none", markersize=9, linestyle="", label="best")
+        axes.plot(place(best), best["eval_loss"], marker="o", **ring)
     axes.set_xlabel(name)
     axes.grid(alpha=0.25)
     if choices:
@@ -364,7 +375,7 @@ def _draw_field(axes, name, rows, wanted):
     elif wanted and (wanted.get("log") if isinstance(wanted, dict) else wanted[2:]):
         axes.set_xscale("log")
 
-# %% ../../nbs/63_train.sweep.ipynb #a9d11e5c
+# %% ../../nbs/63_train.sweep.ipynb #07800f9f
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "interrupted"}
 
 
@@ -409,7 +420,7 @@ class Sweep:
                 f"{len(self.done)} trials; {errors[0] if errors else 'no errors'}",
                 "Look at the `table`; begin again with another space, in another `output_dir`.",
             )
-        best = min(rows, key=lambda row: row["eval_loss"])
+        best = min(rows, key=itemgetter("eval_loss"))
         return _with(self.cfg, {name: best[name] for name in self.space})
 
     def _lines(self):
@@ -436,7 +447,7 @@ class Sweep:
         head, rows = self._lines()
         return figure_html(self.plot(), "Loss of the trials") + table_html(head, rows)
 
-# %% ../../nbs/63_train.sweep.ipynb #34058268
+# %% ../../nbs/63_train.sweep.ipynb #1aa1f3f1
 def _open_study(folder, cfg, space, pruner):
     "The study of a folder, unless it is that of another sweep."
     import optuna
