@@ -139,7 +139,7 @@ def find_lr(
         model.train(was_training)
     return LearningRates(rates, losses)
 
-# %% ../../nbs/63_train.sweep.ipynb #8ad6198e
+# %% ../../nbs/63_train.sweep.ipynb #469c7562
 _HOW = 'Give (low, high), (low, high, "log"), {low: .., high: .., log: ..}, or a list of choices.'
 _FIXED = {f"data.{name}" for name in ("validation_file", "test_file", "split", "train_on")}
 _FIXED |= {"data.over_length", "model.max_length", "training.max_time"}
@@ -188,6 +188,12 @@ def _distributions(cfg, space):
     "The space in optuna's words; every end and every choice has been tried on the config."
     if not isinstance(space, dict) or not space:
         raise ConfigError("A sweep needs fields to search.", repr(space), f"Name some. {_HOW}")
+    if cfg.training.max_time:
+        raise ConfigError(
+            "A sweep can't use `training.max_time`, which would stop it in its first trial.",
+            f"{cfg.training.max_time:g} minutes",
+            "Leave it out; `timeout` limits a sweep.",
+        )
     found, fixed = {}, _FIXED | ({"data.train_file"} if not cfg.data.validation_file else set())
     for name, wanted in space.items():
         if str(name).partition(".")[0] not in SECTIONS or name in fixed:
@@ -202,7 +208,7 @@ def _distributions(cfg, space):
             check_training_arguments(_with(cfg, {name: value}).training)
     return found
 
-# %% ../../nbs/63_train.sweep.ipynb #27c0b290
+# %% ../../nbs/63_train.sweep.ipynb #6b51abee
 def _size(distribution):
     "How many values there are."
     if hasattr(distribution, "choices") or distribution.single():
@@ -225,7 +231,7 @@ def _next_point(done, distributions, seed):
         pass
     return point
 
-# %% ../../nbs/63_train.sweep.ipynb #ba57eb1b
+# %% ../../nbs/63_train.sweep.ipynb #96f0d261
 class _Report(TrainerCallback):
     "Tells optuna each evaluation, and ends a trial that it thinks little of."
 
@@ -296,7 +302,7 @@ class _Stages:
         if cfg.lora.init_lora_weights in (True, False):
             self.base = key, model.unload(), tokenizer
 
-# %% ../../nbs/63_train.sweep.ipynb #f01ed061
+# %% ../../nbs/63_train.sweep.ipynb #a7800edf
 def _run_trial(stages, trial, cfg, values, folder):
     "Train at a point, and write down what became of it."
     from optuna.trial import TrialState
@@ -317,7 +323,7 @@ def _run_trial(stages, trial, cfg, values, folder):
     else:
         trial.study.tell(trial, min(report.losses))
 
-# %% ../../nbs/63_train.sweep.ipynb #974ba403
+# %% ../../nbs/63_train.sweep.ipynb #75160c87
 _MARKS = {
     "complete": dict(marker="o", color="#0969da"),
     "pruned": dict(marker="o", color="#bbbbbb"),
@@ -375,7 +381,7 @@ def _draw_field(axes, name, rows, wanted):
     elif wanted and (wanted.get("log") if isinstance(wanted, dict) else wanted[2:]):
         axes.set_xscale("log")
 
-# %% ../../nbs/63_train.sweep.ipynb #07800f9f
+# %% ../../nbs/63_train.sweep.ipynb #7d49c5e5
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "interrupted"}
 
 
@@ -447,7 +453,7 @@ class Sweep:
         head, rows = self._lines()
         return figure_html(self.plot(), "Loss of the trials") + table_html(head, rows)
 
-# %% ../../nbs/63_train.sweep.ipynb #1aa1f3f1
+# %% ../../nbs/63_train.sweep.ipynb #5176b348
 def _open_study(folder, cfg, space, pruner):
     "The study of a folder, unless it is that of another sweep."
     import optuna
