@@ -139,7 +139,7 @@ def find_lr(
         model.train(was_training)
     return LearningRates(rates, losses)
 
-# %% ../../nbs/63_train.sweep.ipynb #469c7562
+# %% ../../nbs/63_train.sweep.ipynb #552b07ce
 _HOW = 'Give (low, high), (low, high, "log"), {low: .., high: .., log: ..}, or a list of choices.'
 _FIXED = {f"data.{name}" for name in ("validation_file", "test_file", "split", "train_on")}
 _FIXED |= {"data.over_length", "model.max_length", "training.max_time"}
@@ -208,7 +208,7 @@ def _distributions(cfg, space):
             check_training_arguments(_with(cfg, {name: value}).training)
     return found
 
-# %% ../../nbs/63_train.sweep.ipynb #6b51abee
+# %% ../../nbs/63_train.sweep.ipynb #b3f7ce5d
 def _size(distribution):
     "How many values there are."
     if hasattr(distribution, "choices") or distribution.single():
@@ -231,7 +231,7 @@ def _next_point(done, distributions, seed):
         pass
     return point
 
-# %% ../../nbs/63_train.sweep.ipynb #96f0d261
+# %% ../../nbs/63_train.sweep.ipynb #4bf0510f
 class _Report(TrainerCallback):
     "Tells optuna each evaluation, and ends a trial that it thinks little of."
 
@@ -253,7 +253,7 @@ class _Stages:
     "Runs trials; what they have in common stays."
 
     def __init__(self):
-        self.device = self.rows = self.base = None
+        self.device = self.rows = self.key = self.base = None
 
     def _data(self, cfg):
         "The rows, and the settings that they are of."
@@ -271,14 +271,14 @@ class _Stages:
         return self.rows[1]
 
     def _model(self, cfg):
-        "(key, base model, tokenizer), and whether they are those of the last trial."
-        key, base = (cfg.model, cfg.training.gradient_checkpointing), self.base
-        self.base = None  # a trial that fails doesn't bring it back
-        if kept := base is not None and base[0] == key:
-            return base, kept
-        del base
-        clear_device_cache(garbage_collection=True)
-        return (key, *setup_model(cfg.model.name, cfg.seed, cfg.model)), kept
+        "The base model, its tokenizer, and whether there was a trial with these settings of it."
+        before, self.key = self.key, (cfg.model, cfg.training.gradient_checkpointing)
+        if self.key != before or self.base is None:
+            self.base = None
+            clear_device_cache(garbage_collection=True)
+            self.base = setup_model(cfg.model.name, cfg.seed, cfg.model)
+        found, self.base = self.base, None  # a trial that fails doesn't bring it back
+        return *found, self.key == before
 
     def run(self, cfg, folder, report):
         "Train."
@@ -287,10 +287,10 @@ class _Stages:
         found = fit(cfg, self.device, length=longest)
         self.device = self.device or (found.plan and found.plan.device)  # as it was at first
         cfg = found.cfg
-        (key, model, tokenizer), kept = self._model(cfg)
+        model, tokenizer, told = self._model(cfg)
         set_seed(cfg.seed)
         model = setup_lora(model, cfg.lora)
-        with redirect_stdout(io.StringIO()) if kept else nullcontext():
+        with redirect_stdout(io.StringIO()) if told else nullcontext():
             settings = str(folder), cfg.training, cfg.seed, [report]
             trainer = create_trainer(model, tokenizer, *data.values(), *settings)
         trainer.pop_callback(LiveLogCallback)
@@ -300,9 +300,9 @@ class _Stages:
         if not report.losses:
             trainer.evaluate()
         if cfg.lora.init_lora_weights in (True, False):
-            self.base = key, model.unload(), tokenizer
+            self.base = model.unload(), tokenizer
 
-# %% ../../nbs/63_train.sweep.ipynb #a7800edf
+# %% ../../nbs/63_train.sweep.ipynb #bcf59a82
 def _run_trial(stages, trial, cfg, values, folder):
     "Train at a point, and write down what became of it."
     from optuna.trial import TrialState
@@ -323,7 +323,7 @@ def _run_trial(stages, trial, cfg, values, folder):
     else:
         trial.study.tell(trial, min(report.losses))
 
-# %% ../../nbs/63_train.sweep.ipynb #75160c87
+# %% ../../nbs/63_train.sweep.ipynb #747327ad
 _MARKS = {
     "complete": dict(marker="o", color="#0969da"),
     "pruned": dict(marker="o", color="#bbbbbb"),
@@ -381,7 +381,7 @@ def _draw_field(axes, name, rows, wanted):
     elif wanted and (wanted.get("log") if isinstance(wanted, dict) else wanted[2:]):
         axes.set_xscale("log")
 
-# %% ../../nbs/63_train.sweep.ipynb #7d49c5e5
+# %% ../../nbs/63_train.sweep.ipynb #981ccfa7
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "interrupted"}
 
 
@@ -453,7 +453,7 @@ class Sweep:
         head, rows = self._lines()
         return figure_html(self.plot(), "Loss of the trials") + table_html(head, rows)
 
-# %% ../../nbs/63_train.sweep.ipynb #5176b348
+# %% ../../nbs/63_train.sweep.ipynb #45fa238a
 def _open_study(folder, cfg, space, pruner):
     "The study of a folder, unless it is that of another sweep."
     import optuna
