@@ -150,7 +150,17 @@ def test_refused_before_anything_is_loaded(cfg, refused, tmp_path):
     assert not (tmp_path / "sweep").exists()
     with refused(ModelError, "no/such-model"):  # no trial could do better
         sweep(elsewhere, {"lora.r": [8]}, 1, tmp_path / "sweep")
-    assert len(interrupted(sweep(elsewhere, {"lora.r": [8]}, 0, tmp_path / "sweep"))) == 1
+    assert sweep(elsewhere, {"lora.r": [8]}, 0, tmp_path / "sweep").table == []
+
+
+def test_values_that_the_model_refuses(cfg, tmp_path):
+    space = {"lora.target_modules": [["nonesuch"], ["q_proj"]]}
+    found = sweep(cfg, space, 2, tmp_path)
+    failed, good = sorted(found.table, key=lambda row: row["state"], reverse=True)
+    assert (failed["state"], failed["steps"], failed["eval_loss"]) == ("failed", 0, None)
+    assert "'nonesuch', which" in failed["error"] and failed["lora.target_modules"] == ["nonesuch"]
+    assert good["state"] == "complete" and found.best.lora.target_modules == ["q_proj"]
+    assert "nonesuch" in str(found) and "failed" in found._repr_html_()
 
 
 def test_another_sweep_in_the_folder(cfg, whole, refused, tmp_path):

@@ -25,7 +25,7 @@ from ..config import SECTIONS, RunConfig
 from ..data.pack import prepare_rows
 from ..data.source import load_and_prepare_data
 from ..devices import fit
-from ..errors import ConfigError, DataError, HardwareError, TrainingError, TrainingStopped
+from ..errors import ConfigError, DataError, LorabookError, TrainingError, TrainingStopped
 from ..model.adapter import setup_lora
 from ..model.load import setup_model, setup_tokenizer
 from ..pictures import figure_html, table_html
@@ -139,10 +139,10 @@ def find_lr(
         model.train(was_training)
     return LearningRates(rates, losses)
 
-# %% ../../nbs/63_train.sweep.ipynb #552b07ce
+# %% ../../nbs/63_train.sweep.ipynb #559d7c80
 _HOW = 'Give (low, high), (low, high, "log"), {low: .., high: .., log: ..}, or a list of choices.'
 _FIXED = {f"data.{name}" for name in ("validation_file", "test_file", "split", "train_on")}
-_FIXED |= {"data.over_length", "model.max_length", "training.max_time"}
+_FIXED |= {"data.over_length", "model.name", "model.max_length", "training.max_time"}
 
 
 def _plain(choice):
@@ -159,7 +159,9 @@ def _distribution(name, wanted):
             return CategoricalDistribution(list(dict.fromkeys(map(_plain, wanted))))
         if isinstance(wanted, tuple):
             low, high, *log = wanted
-            given = {"low": low, "high": high, "log": {"": False, "log": True}["".join(log)]}
+            if log not in ([], ["log"]):
+                raise ValueError(f"{log} is not 'log'")
+            given = {"low": low, "high": high, "log": bool(log)}
         else:  # of YAML 1.1, 1e-4 is a text
             given = {k: float(v) if isinstance(v, str) else v for k, v in wanted.items()}
         whole = isinstance(given["low"], int) and isinstance(given["high"], int)
@@ -208,7 +210,7 @@ def _distributions(cfg, space):
             check_training_arguments(_with(cfg, {name: value}).training)
     return found
 
-# %% ../../nbs/63_train.sweep.ipynb #b3f7ce5d
+# %% ../../nbs/63_train.sweep.ipynb #08869705
 def _size(distribution):
     "How many values there are."
     if hasattr(distribution, "choices") or distribution.single():
@@ -231,7 +233,7 @@ def _next_point(done, distributions, seed):
         pass
     return point
 
-# %% ../../nbs/63_train.sweep.ipynb #4bf0510f
+# %% ../../nbs/63_train.sweep.ipynb #3646970e
 class _Report(TrainerCallback):
     "Tells optuna each evaluation, and ends a trial that it thinks little of."
 
@@ -252,8 +254,9 @@ class _Report(TrainerCallback):
 class _Stages:
     "Runs trials; what they have in common stays."
 
-    def __init__(self):
+    def __init__(self, cfg):
         self.device = self.rows = self.key = self.base = None
+        self._data(cfg)  # what is wrong with the data is no fault of a trial
 
     def _data(self, cfg):
         "The rows, and the settings that they are of."
@@ -302,7 +305,7 @@ class _Stages:
         if cfg.lora.init_lora_weights in (True, False):
             self.base = model.unload(), tokenizer
 
-# %% ../../nbs/63_train.sweep.ipynb #bcf59a82
+# %% ../../nbs/63_train.sweep.ipynb #a4a35e4d
 def _run_trial(stages, trial, cfg, values, folder):
     "Train at a point, and write down what became of it."
     from optuna.trial import TrialState
@@ -313,7 +316,7 @@ def _run_trial(stages, trial, cfg, values, folder):
         error = None if report.losses else "The validation loss is not a number."
     except TrainingStopped:
         raise
-    except (ConfigError, HardwareError, TrainingError) as failure:
+    except LorabookError as failure:
         error = str(failure)
     trial.set_user_attr("steps", report.steps)
     if error:
@@ -323,7 +326,7 @@ def _run_trial(stages, trial, cfg, values, folder):
     else:
         trial.study.tell(trial, min(report.losses))
 
-# %% ../../nbs/63_train.sweep.ipynb #747327ad
+# %% ../../nbs/63_train.sweep.ipynb #305c23b8
 _MARKS = {
     "complete": dict(marker="o", color="#0969da"),
     "pruned": dict(marker="o", color="#bbbbbb"),
@@ -381,7 +384,7 @@ def _draw_field(axes, name, rows, wanted):
     elif wanted and (wanted.get("log") if isinstance(wanted, dict) else wanted[2:]):
         axes.set_xscale("log")
 
-# %% ../../nbs/63_train.sweep.ipynb #981ccfa7
+# %% ../../nbs/63_train.sweep.ipynb #eea6a1fb
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "interrupted"}
 
 
@@ -453,7 +456,7 @@ class Sweep:
         head, rows = self._lines()
         return figure_html(self.plot(), "Loss of the trials") + table_html(head, rows)
 
-# %% ../../nbs/63_train.sweep.ipynb #45fa238a
+# %% ../../nbs/63_train.sweep.ipynb #94b4cb68
 def _open_study(folder, cfg, space, pruner):
     "The study of a folder, unless it is that of another sweep."
     import optuna
@@ -526,11 +529,12 @@ def sweep(
 
 def _run_trials(found, distributions, trials, folder, timeout):
     "Trials one after the other, as long as there is something to try, and time."
-    stages, begun = _Stages(), time.monotonic()
+    stages, begun = None, time.monotonic()
     while len(found.done) < trials and time.monotonic() - begun < timeout:
         point = _next_point(found.done, distributions, found.cfg.seed)
         if point is None:
             return print("Every point has been tried.")
+        stages = stages or _Stages(found.cfg)
         found.study.enqueue_trial(point)
         trial = found.study.ask(distributions)
         _run_trial(stages, trial, found.cfg, _values(found.space, point), folder)
