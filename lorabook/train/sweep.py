@@ -139,7 +139,7 @@ def find_lr(
         model.train(was_training)
     return LearningRates(rates, losses)
 
-# %% ../../nbs/63_train.sweep.ipynb #559d7c80
+# %% ../../nbs/63_train.sweep.ipynb #37ced435
 _HOW = 'Give (low, high), (low, high, "log"), {low: .., high: .., log: ..}, or a list of choices.'
 _FIXED = {f"data.{name}" for name in ("validation_file", "test_file", "split", "train_on")}
 _FIXED |= {"data.over_length", "model.name", "model.max_length", "training.max_time"}
@@ -210,7 +210,7 @@ def _distributions(cfg, space):
             check_training_arguments(_with(cfg, {name: value}).training)
     return found
 
-# %% ../../nbs/63_train.sweep.ipynb #08869705
+# %% ../../nbs/63_train.sweep.ipynb #51335e30
 def _size(distribution):
     "How many values there are."
     if hasattr(distribution, "choices") or distribution.single():
@@ -233,7 +233,7 @@ def _next_point(done, distributions, seed):
         pass
     return point
 
-# %% ../../nbs/63_train.sweep.ipynb #3646970e
+# %% ../../nbs/63_train.sweep.ipynb #c5ebe692
 class _Report(TrainerCallback):
     "Tells optuna each evaluation, and ends a trial that it thinks little of."
 
@@ -305,7 +305,7 @@ class _Stages:
         if cfg.lora.init_lora_weights in (True, False):
             self.base = model.unload(), tokenizer
 
-# %% ../../nbs/63_train.sweep.ipynb #a4a35e4d
+# %% ../../nbs/63_train.sweep.ipynb #363d1d58
 def _run_trial(stages, trial, cfg, values, folder):
     "Train at a point, and write down what became of it."
     from optuna.trial import TrialState
@@ -326,7 +326,7 @@ def _run_trial(stages, trial, cfg, values, folder):
     else:
         trial.study.tell(trial, min(report.losses))
 
-# %% ../../nbs/63_train.sweep.ipynb #305c23b8
+# %% ../../nbs/63_train.sweep.ipynb #53e1aa34
 _MARKS = {
     "complete": dict(marker="o", color="#0969da"),
     "pruned": dict(marker="o", color="#bbbbbb"),
@@ -384,7 +384,7 @@ def _draw_field(axes, name, rows, wanted):
     elif wanted and (wanted.get("log") if isinstance(wanted, dict) else wanted[2:]):
         axes.set_xscale("log")
 
-# %% ../../nbs/63_train.sweep.ipynb #eea6a1fb
+# %% ../../nbs/63_train.sweep.ipynb #34d01f49
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "interrupted"}
 
 
@@ -456,7 +456,7 @@ class Sweep:
         head, rows = self._lines()
         return figure_html(self.plot(), "Loss of the trials") + table_html(head, rows)
 
-# %% ../../nbs/63_train.sweep.ipynb #94b4cb68
+# %% ../../nbs/63_train.sweep.ipynb #82ccf2f6
 def _open_study(folder, cfg, space, pruner):
     "The study of a folder, unless it is that of another sweep."
     import optuna
