@@ -455,6 +455,19 @@ class RunConfig:
         }
         return {name: value for name, value in values.items() if value != {}}
 
+    def differences(
+        self,
+        began: "RunConfig",  # an earlier one
+        ignored: tuple | set = (),  # full names, such as "training.max_steps"
+    ) -> list[str]:  # such as "lora.r: 8 when it began, 16 now"
+        "Settings that are not as they were, apart from the versions."
+        now, then = _flat(self), _flat(began)
+        return [
+            f"{key}: {then.get(key)!r} when it began, {now.get(key)!r} now"
+            for key in sorted(now.keys() | then.keys())
+            if key not in ignored and now.get(key) != then.get(key)
+        ]
+
     def to_yaml(
         self,
         path: str | Path | None = None,  # where to write it; None: only return it
@@ -471,6 +484,14 @@ class RunConfig:
 
     def _repr_markdown_(self):
         return f"```yaml\n{self.to_yaml()}```"
+
+
+def _flat(cfg):
+    "All settings but the versions, by their full names."
+    values = cfg.to_dict() | {"versions": None}
+    sections = {name: of for name, of in values.items() if name in SECTIONS}
+    plain = {name: value for name, value in values.items() if name not in sections}
+    return plain | {f"{name}.{k}": v for name, of in sections.items() for k, v in of.items()}
 
 # %% ../nbs/01_config.ipynb #bacc8423
 def library_versions() -> dict:  # library -> version, for those that are installed

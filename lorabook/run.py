@@ -16,11 +16,8 @@ from html import escape
 from operator import attrgetter
 from pathlib import Path
 
-from datasets import DatasetDict
-
 from .config import RunConfig, library_versions
-from .data.batch import prepare_datasets
-from .data.pack import pack
+from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
 from .devices import fit
 from .errors import ConfigError, TrainingError
@@ -182,25 +179,12 @@ def _check_output(cfg, resume, overwrite):
 _MAY_CHANGE = {f"training.{name}" for name in ("max_steps", "num_train_epochs", "max_time")}
 _MAY_CHANGE |= {f"training.{name}_steps" for name in ("logging", "eval", "save")}
 _MAY_CHANGE |= {"training.save_total_limit", "training.early_stopping_patience"}
-_MAY_CHANGE |= {"training.report_to", "output_dir", "versions"}
-
-
-def _flat(cfg):
-    "All settings, by their full names."
-    values = cfg.to_dict()
-    sections = {k: v for k, v in values.items() if isinstance(v, dict) and k != "versions"}
-    plain = {k: v for k, v in values.items() if k not in sections}
-    return plain | {f"{name}.{k}": v for name, of in sections.items() for k, v in of.items()}
+_MAY_CHANGE |= {"training.report_to", "output_dir"}
 
 
 def _check_same(cfg, began):
     "Refuse to resume with settings that would make it another run."
-    now, then = _flat(cfg), _flat(began)
-    changed = [
-        f"{key}: {then.get(key)!r} when it began, {now.get(key)!r} now"
-        for key in sorted(now.keys() | then.keys())
-        if key not in _MAY_CHANGE and now.get(key) != then.get(key)
-    ]
+    changed = cfg.differences(began, _MAY_CHANGE)
     if changed:
         raise ConfigError(
             "The config is not that of the run that should be resumed.",
@@ -217,23 +201,6 @@ def _begin_output(cfg, resume):
     Path(folder, "metrics.json").unlink(missing_ok=True)
     cfg.to_yaml(folder / "run.yaml")
     sign(folder)
-
-
-def _pack(data, cfg):
-    "Pack all splits, and print what a step holds now."
-    packed = {name: pack(rows, cfg.model.max_length, name) for name, rows in data.items()}
-    rows = cfg.training.rows * cfg.training.gradient_accumulation_steps
-    total = len(data["train"])
-    held = rows * total / len(packed["train"])
-    print(f"An optimizer step holds {rows} rows: about {held:.0f} of {total} conversations.")
-    return packed
-
-
-def _tokenize(raw, tokenizer, cfg):
-    "The rows of the splits that training sees."
-    seen = DatasetDict({name: raw[name] for name in ("train", "validation")})
-    data = prepare_datasets(seen, tokenizer, cfg.data, cfg.model.max_length)
-    return _pack(data, cfg) if cfg.data.packing else data
 
 
 def _keeps_base(cfg):
@@ -313,7 +280,7 @@ def _run(cfg, checkpoint, callbacks):
     with phase("data"):
         tokenizer = setup_tokenizer(cfg.model.name, cfg.model)
         raw = load_and_prepare_data(cfg.data.train_file, cfg.data, cfg.seed)
-        data = _tokenize(raw, tokenizer, cfg)
+        data = prepare_rows(raw, tokenizer, cfg)
     with phase("plan"):
         cfg, phase.memory.plan = from_first(lambda: _decide(cfg, data, checkpoint))
     with phase("model", "adapted"):
