@@ -33,6 +33,7 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "create_trainer": "train.trainer",
     "train_loop": "train.loop",
     "find_lr": "train.sweep",
+    "launch": "train.launch",
     "sweep": "train.sweep",
     "save_model": "export.save",
     "run_training": "run",

@@ -13,10 +13,12 @@ import torch
 from test_survive import Damage, assert_same, changes, make_trainer, rows, trained, zygote
 
 from lorabook.config import RunConfig
-from lorabook.errors import LorabookError
+from lorabook.errors import ConfigError, LorabookError
 from lorabook.processes import is_first, process_number
 from lorabook.run import run_training
 from lorabook.testing import in_processes
+from lorabook.train.callbacks import SamplesCallback
+from lorabook.train.loop import train_loop
 from lorabook.train.trainer import get_history
 
 __all__ = ["rows", "zygote"]  # fixtures
@@ -245,3 +247,22 @@ def test_first_process_speaks_alone(rows, tmp_path, capfd):
     cfg = RunConfig().override(*options, f"output_dir={tmp_path}/run")
     assert in_processes(lambda: run_training(cfg) is not None and is_first()) == [True, False]
     assert capfd.readouterr().out.count("[4/6] train") == 1
+
+
+def test_samples_while_layers_are_shared(tmp_path):
+    "The processes generate together, and train on."
+
+    def ask(trainer):
+        trainer.add_callback(SamplesCallback(trainer.processing_class, ["I have a cough."], 2))
+
+    (expected, _, _), *_ = in_processes(partial(train, tmp_path / "one"), 1)
+    (found, _, _), _ = in_processes(partial(train, tmp_path / "two", ask, fsdp=True))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_plain_loop_is_for_one_process(rows, tmp_path):
+    def loop():
+        with pytest.raises(ConfigError, match="The plain loop is for one process"):
+            train_loop(None, None, None, output_dir=tmp_path)
+
+    in_processes(loop)

@@ -33,6 +33,7 @@ from ..config import TrainingSettings
 from ..data.batch import PadCollator
 from ..errors import ConfigError, TrainingError
 from ..model.loss import trained_loss
+from ..processes import process_count
 from lorabook.train.callbacks import (
     DivergenceCallback,
     HistoryCallback,
@@ -93,6 +94,12 @@ _OBEYED |= {"max_grad_norm", "logging_first_step"}
 
 def _check_obeyed(cfg):
     "Refuse settings that only the trainer knows."
+    if process_count() > 1:
+        raise ConfigError(
+            "The plain loop is for one process.",
+            f"{process_count()} processes",
+            "Use `create_trainer`, or average the gradients as chapter 54 does.",
+        )
     usual = vars(TrainingSettings())
     wanted = {name: value for name, value in vars(cfg).items() if value != usual.get(name)}
     if ignored := [f"{name}: {wanted[name]!r}" for name in wanted if name not in _OBEYED]:

@@ -36,6 +36,7 @@ from lorabook.train.callbacks import (
     StopCallback,
     ThroughputCallback,
     restore_callbacks,
+    stopped_early,
 )
 from lorabook.train.checkpoint import (
     check_no_checkpoint,
@@ -86,7 +87,8 @@ class AdapterTrainer(StepTrainer):
                 resume_from_checkpoint = str(find_checkpoint(folder, resume_from_checkpoint))
             else:
                 from_first(partial(check_no_checkpoint, folder))
-            check_room(folder, self.model, self.args.save_total_limit)
+            if self.model is not None:  # in a search of hyperparameters, it is yet to be made
+                check_room(folder, self.model, self.args.save_total_limit)
             output = super().train(resume_from_checkpoint or None, trial, **kwargs)
         if self.control.should_training_stop and self.stopper.reason:
             self._end_early()
@@ -161,10 +163,7 @@ class AdapterTrainer(StepTrainer):
         restore_callbacks(self.callback_handler.callbacks, self.state)
 
     def _run_epoch(self, *args, **kwargs):
-        stoppers = [
-            c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
-        ]
-        if any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers):
+        if stopped_early(self.callback_handler.callbacks):
             self.control.should_training_stop = True  # it had been stopped before it was resumed
         else:
             super()._run_epoch(*args, **kwargs)
@@ -290,16 +289,17 @@ def create_trainer(
     extra += callbacks or []
     if eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
-    trainer = AdapterTrainer(
-        max_time=cfg.max_time,
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=eval,
-        processing_class=tokenizer,
-        data_collator=collate,
-        callbacks=extra,
-    )
+    with only_run(output_dir):  # it can be written to
+        trainer = AdapterTrainer(
+            max_time=cfg.max_time,
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=eval,
+            processing_class=tokenizer,
+            data_collator=collate,
+            callbacks=extra,
+        )
     trainer.remove_callback(PrinterCallback)
     print(_how(trainer, fused))
     return trainer
