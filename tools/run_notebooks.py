@@ -3,7 +3,8 @@
 python tools/run_notebooks.py                    all of them
 python tools/run_notebooks.py nbs/80_run.ipynb   some
 
-Cells with the flags of `tst_flags` in settings.ini are left out and keep their outputs.
+Cells with the flags of `tst_flags` in settings.ini are left out and keep their outputs; with
+`--slow` before the names, those with that flag run too.
 """
 
 import os
@@ -44,7 +45,7 @@ def tidy(output):
 def run(path, flags):
     """Execute one notebook in place."""
     notebook = nbformat.read(path, as_version=4)
-    client = FlaggedClient(notebook, timeout=1800, kernel_name="python3")
+    client = FlaggedClient(notebook, timeout=1800, kernel_name="python3", coalesce_streams=True)
     client.flags, client.resources = flags, {"metadata": {"path": str(path.parent)}}
     client.execute()
     for cell in notebook.cells:
@@ -62,7 +63,9 @@ def run(path, flags):
 def main(paths):
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
-    flags = settings["DEFAULT"]["tst_flags"].split()
+    flags = set(settings["DEFAULT"]["tst_flags"].split())
+    if "--slow" in paths:
+        flags, paths = flags - {"slow"}, [path for path in paths if path != "--slow"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     everything = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
     for path in map(Path, paths) if paths else everything:
