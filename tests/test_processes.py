@@ -164,6 +164,8 @@ def test_whole_run(rows, tmp_path):
         for found in in_processes(partial(run, name, *more)):
             assert found["after"] == pytest.approx(expected["after"], rel=1e-4)
             assert found["before"] == pytest.approx(expected["before"], rel=1e-4)
+            planned, measured = found["planned_tensor_bytes"], found["measured_tensor_bytes"]
+            assert measured == pytest.approx(planned, rel=0.1)
         assert (tmp_path / name / "metrics.json").exists()
 
 
