@@ -108,7 +108,7 @@ def test_a_trial_is_a_run(cfg, whole, tmp_path):
     "The last trial, whose base model has been through others, is like a run of its own."
     row = [row for row in whole.table if row["state"] == "complete"][-1]
     assert row["trial"] > 0
-    alone = chapter._with(cfg, {name: row[name] for name in SPACE})
+    alone = whole.config(whole.study.trials[row["trial"]].params)
     result = run_training(alone.override(f"output_dir={tmp_path}/run"))
     assert min(result.history.column("eval_loss")[1]) == row["eval_loss"]
 
