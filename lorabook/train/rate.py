@@ -58,9 +58,9 @@ class LearningRates:
         axes.plot(self.rates, self.losses, ".", color="#bbb", markersize=4, label="of a step")
         axes.plot(self.rates, self.smooth, color="#0969da", label="smoothed")
         if self.fell:
-            rate, high, red = self.suggestion, max(self.smooth), "#cf222e"
+            rate, red = self.suggestion, "#cf222e"
             axes.axvline(rate, color=red, linewidth=1)
-            axes.annotate(f" {rate:.1e}", (rate, high), color=red)
+            axes.annotate(f" {rate:.1e}", (rate, self.smooth[0]), color=red)
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per trained token")
         before = self.smooth[: len(self.smooth) // 2 + 1]
         axes.set_ylim(0, 1.2 * max(before, default=1))
