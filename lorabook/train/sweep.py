@@ -41,7 +41,8 @@ def _distribution(name, wanted):
 
     try:
         if isinstance(wanted, list):
-            return CategoricalDistribution(list(dict.fromkeys(map(json.dumps, wanted))))
+            texts = (json.dumps(choice, ensure_ascii=False) for choice in wanted)
+            return CategoricalDistribution(list(dict.fromkeys(texts)))
         if isinstance(wanted, tuple):
             low, high, *log = wanted
             if log not in ([], ["log"]):
