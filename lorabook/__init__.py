@@ -32,7 +32,7 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "evaluate": "infer.evaluate",
     "create_trainer": "train.trainer",
     "train_loop": "train.loop",
-    "find_lr": "train.sweep",
+    "find_lr": "train.rate",
     "launch": "train.launch",
     "sweep": "train.sweep",
     "save_model": "export.save",

@@ -1,5 +1,6 @@
 """A sweep that is killed, stopped or repeated, and what it must not mix."""
 
+import gc
 import json
 import os
 import signal
@@ -33,8 +34,16 @@ def kill(self, args, state, control, **kwargs):
 chapter._Report.on_step_begin = kill
 values, folder = json.loads(sys.argv[1])
 space = {"training.learning_rate": (1e-4, 1e-1, "log"), "lora.r": [2, 4, 8]}
-chapter.sweep(RunConfig.from_dict(values), space, 4, folder)
+chapter.sweep(RunConfig.from_dict(values), space, 3, folder)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    "What is imported is not garbage: looking through it took half a second in each trial."
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def cfg(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(cfg, tmp_path_factory):
     "A sweep that nothing happened to."
-    return sweep(cfg, SPACE, 4, tmp_path_factory.mktemp("whole") / "sweep")
+    return sweep(cfg, SPACE, 3, tmp_path_factory.mktemp("whole") / "sweep")
 
 
 def outcome(found):
@@ -79,10 +88,10 @@ def test_killed_in_a_trial(cfg, whole, fresh, tmp_path):
     process = fresh(KILLED, json.dumps([cfg.to_dict(), str(folder)]))
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert left(folder) == {"sweep.db", "best.yaml"}
-    found = sweep(cfg, SPACE, 4, folder)
-    assert outcome(found) == outcome(whole) and len(found.done) == 4
+    found = sweep(cfg, SPACE, 3, folder)
+    assert outcome(found) == outcome(whole) and len(found.done) == 3
     assert [row["trial"] for row in interrupted(found)] == [2]
-    assert len({row[1:3] for row in outcome(found)}) == 4
+    assert len({row[1:3] for row in outcome(found)}) == 3
     assert interrupted(found)[0]["lora.r"] == found.table[3]["lora.r"]
     assert RunConfig.from_yaml(folder / "best.yaml") == found.best == whole.best
 
@@ -100,7 +109,7 @@ def test_interrupted(cfg, whole, monkeypatch, tmp_path):
         assert part in str(stopped.value)
     found = sweep(cfg, SPACE, 0, tmp_path)
     assert [row["state"] for row in found.table][1:] == ["interrupted"]
-    found = sweep(cfg, SPACE, 4, tmp_path)
+    found = sweep(cfg, SPACE, 3, tmp_path)
     assert outcome(found) == outcome(whole)
 
 
@@ -108,7 +117,7 @@ def test_a_trial_is_a_run(cfg, whole, tmp_path):
     "The last trial, whose base model has been through others, is like a run of its own."
     row = [row for row in whole.table if row["state"] == "complete"][-1]
     assert row["trial"] > 0
-    alone = chapter._with(cfg, {name: row[name] for name in SPACE})
+    alone = whole.config(whole.study.trials[row["trial"]].params)
     result = run_training(alone.override(f"output_dir={tmp_path}/run"))
     assert min(result.history.column("eval_loss")[1]) == row["eval_loss"]
 
@@ -126,16 +135,17 @@ def test_pruned(cfg, tmp_path):
 def test_loads_what_it_must(cfg, monkeypatch, tmp_path):
     "The base model stays, unless another is asked for or a trial has failed."
     loaded, usual = [], chapter.setup_model
+    short = cfg.override("training.max_steps=2", "training.gradient_checkpointing=false")
 
     def load(name, seed, settings):
         loaded.append(settings.quantization)
         return usual(name, seed, settings)
 
     monkeypatch.setattr(chapter, "setup_model", load)
-    found = sweep(cfg, {"data.packing": [True, False]}, 2, tmp_path / "packed")
+    found = sweep(short, {"data.packing": [True, False]}, 2, tmp_path / "packed")
     assert loaded == ["none"] and {row["state"] for row in found.table} == {"complete"}
     loaded.clear()
-    sweep(cfg, {"model.quantization": ["none", "nf4"]}, 2, tmp_path / "quantized")
+    sweep(short, {"model.quantization": ["none", "nf4"]}, 2, tmp_path / "quantized")
     assert set(loaded) == {"none", "nf4"}
     loaded.clear()
     found = sweep(cfg, {"training.learning_rate": [1e30, 1e31]}, 2, tmp_path / "failed")
@@ -195,7 +205,7 @@ def test_hyperparameter_search_of_transformers(cfg, tmp_path):
     trainer = create_trainer(adapted, tokenizer, *rows.values(), str(tmp_path), cfg.training)
     trainer.model_init = lambda: setup_lora(load()[0], LoraSettings(r=2))
     space = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}
-    options = dict(backend="optuna", hp_space=space, n_trials=1, direction="minimize")
+    options = dict(backend="optuna", hp_space=space, n_trials=2, direction="minimize")
     best = trainer.hyperparameter_search(**options)
     assert 1e-3 <= best.hyperparameters["learning_rate"] <= 1e-2
     assert best.objective == pytest.approx(trainer.state.log_history[-2]["eval_loss"])
