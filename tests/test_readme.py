@@ -31,7 +31,9 @@ def test_commands_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
-    monkeypatch.setattr("lorabook.cli._plan", lambda cfg, name: ran.append(cfg))
+    monkeypatch.setattr("lorabook.cli._plan", lambda cfg, name, processes: ran.append(cfg))
+    launched = lambda function, cfg, *rest, nproc: ran.append(cfg) if nproc == 4 else None
+    monkeypatch.setattr("lorabook.train.launch.launch", launched)
     shell = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.S))
     commands = re.findall(r"^lorabook (.*?)(?:\s+#.*)?$", shell, flags=re.M)
     assert len(commands) >= 3
@@ -40,7 +42,11 @@ def test_commands_are_understood(tmp_path, monkeypatch, capsys):
         assert main(shlex.split(words)) == 0, command
         if target:
             Path(target.strip()).write_text(capsys.readouterr().out)
-    assert [cfg.model.name for cfg in ran] == ["builtin"] + 2 * ["Qwen/Qwen2.5-0.5B-Instruct"]
+    assert [cfg.model.name for cfg in ran] == [
+        "builtin",
+        *2 * ["Qwen/Qwen2.5-0.5B-Instruct"],
+        "builtin",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
