@@ -34,7 +34,8 @@ def _passed_through(cfg):
 def check_training_arguments(
     cfg: TrainingSettings,  # the training section of a config
 ):  # raises `ConfigError`
-    "Refuse what only transformers can judge, such as an optimizer's name, in good time."
+    "Refuse in good time what only transformers can judge, and rows that can't be shared out."
+    share_batch(cfg, process_count())
     report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
     try:
         TrainingArguments(output_dir="unused", use_cpu=True, **_passed_through(cfg))

@@ -6,6 +6,7 @@
 __all__ = ['sign', 'begins_again', 'launch']
 
 # %% ../../nbs/64_train.launch.ipynb #fcc3384f
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .. import errors
 from ..errors import ConfigError, TrainingError, TrainingStopped
 from ..processes import any_of_them, from_first
 from .checkpoint import find_checkpoint
@@ -57,10 +59,10 @@ def begins_again(
 _SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
-def _work(function, args):
+def _work(function, args, options):
     "Run in every process; the first one's result counts."
     try:
-        result = function(*args)
+        result = function(*args, **options)
     except TrainingStopped as stop:  # no reason to begin again
         result = stop
     if dist.is_initialized():
@@ -79,6 +81,29 @@ def _meeting(nnodes, rdzv_endpoint, rdzv_id):
             "Give all of them the name of one and a free port: `--rdzv-endpoint host:29400`.",
         )
     return rdzv_endpoint, rdzv_id
+
+
+def _launch_config(nproc, nnodes, max_restarts, endpoint, name):
+    "What torch's launcher is told."
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # of a store that is kept, a machine that joins later would not learn where it is
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
+    signals = {"signals_to_handle": "SIGQUIT"}  # the others are passed on
+    patience = {"shutdown_timeout": 10}  # seconds, for those that wait for a dead process
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older torch has neither
+    return LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=nproc or max(torch.cuda.device_count(), 1),
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        max_restarts=max_restarts,
+        **{key: value for key, value in (signals | patience).items() if key in known},
+    )
 
 
 @contextmanager
@@ -107,6 +132,9 @@ def _failed(error):
     number, failure = error.get_first_failure()
     told = failure.message  # of an exception: a dict
     found = told["message"] if isinstance(told, dict) else f"{told} (see what it printed, above)"
+    kind, _, text = found.partition(": ")
+    if hasattr(errors, kind):  # one of ours, which says what to do
+        return getattr(errors, kind)(text)
     return TrainingError(
         f"Process {number} failed, and the others were ended.",
         found,
@@ -122,30 +150,16 @@ def launch(
     rdzv_endpoint: str = "",  # host:port on one of them, the same for all
     rdzv_id: str = "lorabook",  # name of the launch, the same for all
     max_restarts: int = 0,  # how often all begin again if a process dies
+    **options,  # for the function
 ):  # what the first process returned; raises `TrainingError`, `TrainingStopped`
     "Run a function in several processes."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    endpoint, name = _meeting(nnodes, rdzv_endpoint, rdzv_id)
-    config = LaunchConfig(
-        min_nodes=nnodes,
-        max_nodes=nnodes,
-        nproc_per_node=nproc or max(torch.cuda.device_count(), 1),
-        run_id=name,
-        rdzv_backend="c10d",
-        rdzv_endpoint=endpoint,
-        max_restarts=max_restarts,
-        signals_to_handle="SIGQUIT",  # the others are passed on
-        shutdown_timeout=10,  # seconds, until what waits for a dead process is ended too
-    )
-    # of a store that is kept, a machine that joins later would not learn where it is
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
+    config = _launch_config(nproc, nnodes, max_restarts, *_meeting(nnodes, rdzv_endpoint, rdzv_id))
     try:
         with _passing_signals():
-            result = elastic_launch(config, _work)(function, args).get(0)
+            result = elastic_launch(config, _work)(function, args, options).get(0)
     except ChildFailedError as error:
         raise _failed(error) from None
     if isinstance(result, TrainingStopped):
