@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 from . import __version__
 from .config import RunConfig
@@ -73,8 +74,8 @@ def _add_launch(command):
         command.add_argument(name, type=kind, help=text, default=argparse.SUPPRESS)
 
 
-def _read_config(words):
-    "A config from a file name and changes, in any order."
+def _read_config(words, resume=False):
+    "A config from a file name and changes, in any order; of a run that is resumed, its own."
     files, changes = [w for w in words if "=" not in w], [w for w in words if "=" in w]
     if len(files) > 1:
         raise LorabookError(
@@ -82,7 +83,11 @@ def _read_config(words):
             ", ".join(files),
             "Give one, and changes as section.key=value.",
         )
-    return (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
+    cfg = (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
+    began = Path(cfg.output_dir, "run.yaml")
+    if resume and not files and began.exists():
+        cfg = RunConfig.from_yaml(began).override(*changes)
+    return cfg
 
 
 @contextmanager
@@ -134,15 +139,18 @@ def main(
     argv: list[str] | None = None,  # None: those of the process
 ) -> int:  # 0; 2 after an error of ours; 130 if it was stopped
     "The `lorabook` command."
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if options := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     try:
-        cfg = _read_config(arguments.config)
+        resume = getattr(arguments, "resume_from", None) or getattr(arguments, "resume", False)
+        cfg = _read_config(arguments.config + rest, resume)
         if arguments.command == "config":
             print(cfg.to_yaml(), end="")
         elif arguments.command == "plan":
             _plan(cfg, arguments.device, arguments.nproc)
         else:
-            resume = arguments.resume_from or arguments.resume
             settings = cfg, resume, arguments.overwrite
             _run(*settings) if arguments.command == "run" else _launch(arguments, *settings)
     except TrainingStopped as error:

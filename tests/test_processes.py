@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from test_survive import Damage, assert_same, changes, make_trainer, rows, trained, zygote
@@ -212,6 +213,28 @@ def test_launcher_is_told_to_stop(rows, tmp_path):
     assert process.returncode == 0, text
     assert len(re.findall("goes on from", text)) == 1
     assert_same(folder, whole)
+
+
+def test_stopped_before_it_begins(rows, tmp_path):
+    with start(changes(rows), f"output_dir={tmp_path}/run", "--nproc", "2") as process:
+        text = read_until(process, "[1/6] data")
+        os.killpg(process.pid, signal.SIGINT)
+        text += process.stdout.read()
+    assert process.returncode == 130, text
+    assert "SIGINT came" in text
+
+
+def test_launcher_is_killed(rows, tmp_path):
+    "Its processes save, and end."
+    options = changes(rows, "training.max_steps=2000", "training.logging_steps=1")
+    with start(options, f"output_dir={tmp_path}/run", "--nproc", "2") as process:
+        read_until(process, "step    5/2000")
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+        process.stdout.read()  # to its end: nobody is left that could write
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
+    assert any((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_machine_that_is_lost(rows, tmp_path):

@@ -182,6 +182,16 @@ def test_finished_run_started_again(tmp_path, refused):
         assert torch.equal(trained(again)[name], weight), name
 
 
+def test_finished_run_resumed(rows, zygote, tmp_path):
+    "There is nothing left to train."
+    options, log = changes(rows, f"output_dir={tmp_path}/run"), tmp_path / "log"
+    whole = changes(rows, f"output_dir={tmp_path}/whole")
+    assert zygote(whole, log) == zygote(options, log) == 0
+    assert zygote(options, log, resume=True) == 0, log.read_text()
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert not (tmp_path / "run" / "checkpoint-17").exists()
+
+
 def test_time_is_over(rows, tmp_path):
     cfg = RunConfig().override(*changes(rows), f"output_dir={tmp_path}/run")
     with pytest.raises(TrainingStopped, match="after step 1 of 16") as stopped:

@@ -10,8 +10,10 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import time
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,12 +61,27 @@ def begins_again(
 _SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
+def _end_with(launcher, done):
+    "Save and end if the launcher is gone; nobody else would end this process."
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    done.wait()
+    os._exit(1)
+
+
 def _work(function, args, options):
     "Run in every process; the first one's result counts."
+    done = threading.Event()
+    threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
     try:
         result = function(*args, **options)
     except TrainingStopped as stop:  # no reason to begin again
         result = stop
+    except KeyboardInterrupt:  # torch would take it for a success, and wait for a result
+        raise RuntimeError("interrupted before the training had begun") from None
+    finally:
+        done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
     return result if int(os.environ["RANK"]) == 0 else None
@@ -109,7 +126,7 @@ def _launch_config(nproc, nnodes, max_restarts, endpoint, name):
 @contextmanager
 def _passing_signals():
     "Tell the processes what this one is told; they save and end. A second time ends at once."
-    told = []
+    told = []  # signals
 
     def pass_on(number, frame):
         if told:
@@ -121,7 +138,7 @@ def _passing_signals():
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, pass_on) for number in _SIGNALS if main}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -138,8 +155,31 @@ def _failed(error):
     return TrainingError(
         f"Process {number} failed, and the others were ended.",
         found,
-        "Mend the cause; `lorabook launch --resume` goes on from the last checkpoint.",
+        "Mend the cause (a script must call `launch` under `if __name__ == '__main__':`). If there "
+        "is a checkpoint, `resume_from_checkpoint=True` or `--resume` goes on from it.",
     )
+
+
+def _interrupted(told):
+    "What happened if a signal came before the processes could listen."
+    return TrainingStopped(
+        f"The launch was stopped: {signal.Signals(told[0]).name} came.",
+        "the training had not begun",
+        "Launch it again.",
+    )
+
+
+def _check_sendable(*parts):
+    "Refuse what other processes can't be given."
+    try:
+        pickle.dumps(parts)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            "This can't be sent to other processes.",
+            error,
+            "Give `launch` a function that can be imported, such as `run_training`, and arguments "
+            "that can be pickled.",
+        ) from error
 
 
 def launch(
@@ -156,12 +196,13 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    _check_sendable(function, args, options)
     config = _launch_config(nproc, nnodes, max_restarts, *_meeting(nnodes, rdzv_endpoint, rdzv_id))
     try:
-        with _passing_signals():
+        with _passing_signals() as told:
             result = elastic_launch(config, _work)(function, args, options).get(0)
     except ChildFailedError as error:
-        raise _failed(error) from None
+        raise _interrupted(told) if told else _failed(error) from None
     if isinstance(result, TrainingStopped):
         raise result
     return result

@@ -101,7 +101,7 @@ class AdapterTrainer(StepTrainer):
             raise TrainingStopped(
                 f"The training was stopped after step {step} of {self.state.max_steps}: {reason}.",
                 self._kept(),
-                "Go on with `resume_from_checkpoint=True`, or `lorabook run --resume`.",
+                "Go on with `resume_from_checkpoint=True`, or `--resume` on the command line.",
             )
 
     def _kept(self):
@@ -163,7 +163,8 @@ class AdapterTrainer(StepTrainer):
         restore_callbacks(self.callback_handler.callbacks, self.state)
 
     def _run_epoch(self, *args, **kwargs):
-        if stopped_early(self.callback_handler.callbacks):
+        over = self.state.global_step >= self.state.max_steps  # a finished run that was resumed
+        if over or stopped_early(self.callback_handler.callbacks):
             self.control.should_training_stop = True  # it had been stopped before it was resumed
         else:
             super()._run_epoch(*args, **kwargs)
@@ -208,9 +209,9 @@ def _collator(model, tokenizer, packed, multiple):
 def _check_trained(model):
     "Refuse a model that has nothing to train, or that can't be trained as it is."
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    if not trained or not getattr(model, "peft_config", None):
         raise TrainingError(
-            "No parameter of the model would be trained.",
+            "The model has no adapter that could be trained.",
             type(model).__name__,
             "Attach an adapter first, with `setup_lora`.",
         )
@@ -260,6 +261,8 @@ def make_ready(
     _check_trained(model)
     if cfg.fsdp and process_count() > 1:
         share_layers(model)
+    elif cfg.fsdp:
+        print("`training.fsdp` changes nothing in one process; `lorabook launch` starts several.")
     for name, rows in {"train": train, "eval": eval or train}.items():
         check_columns(rows, ["input_ids", "labels"], name, "`prepare_datasets` makes them")
     model.config.use_cache = model.config.get_text_config().use_cache = False
