@@ -10,8 +10,16 @@ from functools import partial
 
 import psutil
 import pytest
-import torch
-from test_survive import Damage, assert_same, changes, make_trainer, rows, trained, zygote
+from test_survive import (
+    Damage,
+    assert_same,
+    changes,
+    make_trainer,
+    poison_row_11,
+    rows,
+    trained,
+    zygote,
+)
 
 from lorabook.config import RunConfig
 from lorabook.errors import ConfigError, LorabookError
@@ -106,19 +114,7 @@ def test_memory_runs_out_where_layers_are_shared(tmp_path):
 
 
 def test_loss_of_one_of_them_is_not_a_number(tmp_path):
-    poison = 7 * 11 + 37 + 10  # the last token of row 11, in no other
-
-    def prepare(trainer):
-        usual = trainer.compute_loss
-
-        def poisoned(model, inputs, *args, **kwargs):
-            loss = usual(model, inputs, *args, **kwargs)
-            bad = model.training and (inputs["input_ids"] == poison).any()
-            return loss * torch.nan if bad and trainer.state.global_step >= 3 else loss
-
-        trainer.compute_loss = poisoned
-
-    one, other = in_processes(partial(train, tmp_path, prepare))
+    one, other = in_processes(partial(train, tmp_path, poison_row_11))
     assert one == other and "not a number, in step 4" in one and "training row 11" in one
 
 

@@ -359,8 +359,8 @@ def test_out_of_memory_with_one_conversation(tmp_path, refused):
         trainer.train()
 
 
-def test_loss_that_is_not_a_number(tmp_path, refused):
-    trainer = make_trainer(tmp_path)
+def poison_row_11(trainer):
+    "From step 4 on, the loss of this row is not a number."
     usual, poison = trainer.compute_loss, 7 * 11 + 37 + 10  # the last token of row 11, in no other
 
     def poisoned(model, inputs, *args, **kwargs):
@@ -369,6 +369,11 @@ def test_loss_that_is_not_a_number(tmp_path, refused):
         return loss * torch.nan if bad and trainer.state.global_step >= 3 else loss
 
     trainer.compute_loss = poisoned
+
+
+def test_loss_that_is_not_a_number(tmp_path, refused):
+    trainer = make_trainer(tmp_path)
+    poison_row_11(trainer)
     with refused(TrainingError, "not a number, in step 4", "training row 11", "saved before is in"):
         trainer.train()
     assert all(weight.isfinite().all() for weight in trained(trainer).values())
