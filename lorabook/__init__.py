@@ -37,7 +37,15 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "sweep": "train.sweep",
     "save_model": "export.save",
     "run_training": "run",
-    "RunResult": "run",
+    "RunResult": "result",
+    "DataView": "widgets.data",
+    "ConfigView": "widgets.settings",
+    "MemoryView": "widgets.memory",
+    "CompareView": "widgets.compare",
+    "ChatView": "widgets.chat",
+    "TrainingView": "widgets.training",
+    "Session": "widgets.session",
+    "guide": "widgets.guide",
 }
 __all__ = list(_HOME)
 

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
+from .app import serve_app
 from .config import RunConfig
+from .describe import commented_yaml
 from .errors import LorabookError, TrainingStopped
 
 # %% ../nbs/81_cli.ipynb #adf41a3b
@@ -29,7 +31,7 @@ def _parser():
         ("run", "fine-tune, save, and compare with the base model"),
         ("launch", "the same in several processes, on one machine or many"),
         ("plan", "the memory that a run will need, where it fits, and the fastest settings"),
-        ("config", "print a complete config as YAML"),
+        ("config", "print a complete config as YAML, with a comment on each key"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -46,10 +48,20 @@ def _parser():
     commands.choices["plan"].add_argument(
         "--nproc", type=int, help="for so many processes, each with a card; none: 1"
     )
+    _add_app(commands)
     for name in ("run", "launch"):
         _add_beginnings(commands.choices[name])
     _add_launch(commands.choices["launch"])
     return parser
+
+
+def _add_app(commands):
+    "Where the app is."
+    text = "the guided run, as a page in a browser"
+    command = commands.add_parser("app", help=text, description=text)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    command.add_argument("--port", type=int, default=8866)
+    command.add_argument("--no-browser", action="store_true", help="only print where it is")
 
 
 def _add_beginnings(command):
@@ -141,13 +153,17 @@ def main(
     "The `lorabook` command."
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if options := [word for word in rest if word.startswith("-")]:
+    is_app = arguments.command == "app"
+    if options := [word for word in rest if is_app or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     try:
+        if is_app:
+            serve_app(arguments.host, arguments.port, not arguments.no_browser)
+            return 0
         resume = getattr(arguments, "resume_from", None) or getattr(arguments, "resume", False)
         cfg = _read_config(arguments.config + rest, resume)
         if arguments.command == "config":
-            print(cfg.to_yaml(), end="")
+            print(commented_yaml(cfg), end="")
         elif arguments.command == "plan":
             _plan(cfg, arguments.device, arguments.nproc)
         else:

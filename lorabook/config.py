@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Positive', 'Share', 'Auto', 'nearest', 'builtin_path', 'ModelSettings', 'DataSettings', 'LoraSettings',
-           'TrainingSettings', 'RunConfig', 'library_versions']
+           'TrainingSettings', 'RunConfig', 'as_config', 'library_versions']
 
 # %% ../nbs/01_config.ipynb #2c929a17
 import dataclasses
@@ -423,7 +423,16 @@ class RunConfig:
             raise ConfigError(
                 f"The config {path} can't be read.", error, "Give the path of a YAML file."
             ) from None
-        values = _read_yaml(text, path)
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,  # YAML
+        name: str | Path = "The text",  # what an error calls it
+    ) -> "RunConfig":  # raises `ConfigError`
+        "Read a config that is not in a file."
+        values = _read_yaml(text, name)
         return cls.from_dict({} if values is None else values)
 
     def override(
@@ -492,6 +501,20 @@ def _flat(cfg):
     sections = {name: of for name, of in values.items() if name in SECTIONS}
     plain = {name: value for name, value in values.items() if name not in sections}
     return plain | {f"{name}.{k}": v for name, of in sections.items() for k, v in of.items()}
+
+# %% ../nbs/01_config.ipynb #5cf123a3
+def as_config(
+    cfg: RunConfig | None,  # None: the built-in run
+) -> RunConfig:  # raises `ConfigError` for anything else
+    "The config that was given."
+    if cfg is None or isinstance(cfg, RunConfig):
+        return cfg or RunConfig()
+    raise ConfigError(
+        "This is no config.",
+        f"{cfg!r:.80} ({type(cfg).__name__})",
+        "Give a `RunConfig`: `RunConfig.from_yaml(path)` reads a file, and "
+        "`RunConfig.from_dict(values)` takes a dict.",
+    )
 
 # %% ../nbs/01_config.ipynb #bacc8423
 def library_versions() -> dict:  # library -> version, for those that are installed

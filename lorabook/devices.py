@@ -13,7 +13,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from .config import RunConfig
+from .config import RunConfig, as_config
 from .errors import HardwareError, PlanError
 from .hardware import DEVICES, Hardware, choose_quantization, find_device
 from .memory import memory_now
@@ -116,7 +116,7 @@ def device_table(
     processes: int | None = None,  # that train together, a card each; None: as many as there are
 ) -> DeviceTable:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "Where a run fits, and how long and how wide it could be there."
-    cfg = cfg or RunConfig()
+    cfg = as_config(cfg)
     config = config or load_config(cfg.model.name, cfg.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
     sizes, rows = {}, []
@@ -289,7 +289,7 @@ def fit(
     processes: int | None = None,  # that train together; None: as many as there are
 ) -> Fit:  # raises `ConfigError`, `ModelError`, and `HardwareError` if nothing fits
     "Decide every `auto` for speed, within the memory of a device."
-    cfg, device = cfg or RunConfig(), find_device(device) if device else _what_is_free()
+    cfg, device = as_config(cfg), find_device(device) if device else _what_is_free()
     config = config or load_config(cfg.model.name, cfg.model)
     processes = processes or process_count()
     tries = [(cfg, [])]

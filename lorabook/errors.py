@@ -4,7 +4,10 @@
 
 # %% auto #0
 __all__ = ['LorabookError', 'ConfigError', 'DataError', 'TemplateError', 'ModelError', 'LossError', 'PlanError', 'HardwareError',
-           'TrainingError', 'TrainingStopped']
+           'TrainingError', 'TrainingStopped', 'noted']
+
+# %% ../nbs/00_errors.ipynb #805ce31a
+from contextlib import contextmanager
 
 # %% ../nbs/00_errors.ipynb #8572b29a
 class LorabookError(Exception):
@@ -58,3 +61,16 @@ class TrainingError(LorabookError, RuntimeError):
 
 class TrainingStopped(TrainingError):
     "Training was asked to end before its last step; it can be resumed."
+
+# %% ../nbs/00_errors.ipynb #f4b80fca
+@contextmanager
+def noted(
+    problems: list | None,  # gets what is raised inside; None: it is raised
+):
+    "Go on after a `LorabookError`, if there is a list to put it into."
+    try:
+        yield
+    except LorabookError as error:
+        if problems is None:
+            raise
+        problems.append(error)

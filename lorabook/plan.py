@@ -15,7 +15,7 @@ import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
 from peft.helpers import disable_input_dtype_casting
 
-from .config import RunConfig
+from .config import RunConfig, as_config
 from lorabook.dryrun import (
     Ledger,
     empty_model,
@@ -361,6 +361,6 @@ def plan_memory(
     processes: int | None = None,  # that train together; None: as many as there are
 ) -> MemoryPlan:  # raises `ConfigError`, `ModelError`, `PlanError`, `HardwareError`
     "What a run will need, from the model's config alone."
-    cfg, device = cfg or RunConfig(), find_device(device)
+    cfg, device = as_config(cfg), find_device(device)
     config = config or load_config(cfg.model.name, cfg.model)
     return plan_step(config, cfg, workload(cfg, device, processes or process_count()), device)

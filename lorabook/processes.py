@@ -8,7 +8,6 @@ __all__ = ['process_count', 'process_number', 'is_first', 'from_first', 'from_al
 
 # %% ../nbs/03_processes.ipynb #fda227ea
 import os
-import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
@@ -92,7 +91,9 @@ def spread(
 @contextmanager
 def one_voice():
     "Let only the first process print."
+    if is_first():
+        yield
+        return
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        out, err = (sys.stdout, sys.stderr) if is_first() else (nowhere, nowhere)
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield

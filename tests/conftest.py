@@ -15,6 +15,7 @@ os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHE.name, "modules")  # goes on
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from notebooks import chromium, kernel, lab, open_notebook  # noqa: E402, F401
 
 # The same examples in every run: what fails, fails for everyone, and a slow machine is no failure.
 settings.register_profile(
@@ -32,10 +33,38 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also what takes many minutes")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: only with --slow")
+
+
+LONGEST = "test_processes", "test_survive", "test_end_to_end", "test_sweep", "test_notebooks"
+
+
+def pytest_collection_modifyitems(config, items):
+    "The longest files first: then two processes that share the files end at about the same time."
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --slow runs it"))
+
+
 @pytest.fixture(scope="session")
 def root():
     "The repository."
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def hundred():
+    "Write a hundred of the built-in conversations into a folder; the name of the file."
+
+    def write(folder):
+        lines = (ROOT / "lorabook/assets/intake_notes.jsonl").read_text(encoding="utf-8")
+        path = folder / "hundred.jsonl"
+        path.write_text("\n".join(lines.splitlines()[:100]), encoding="utf-8")
+        return path.name
+
+    return write
 
 
 @pytest.fixture(scope="session")

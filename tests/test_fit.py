@@ -99,7 +99,7 @@ def plain(config, fresh):
     return cfg, *measured(cfg, fresh)
 
 
-@pytest.mark.parametrize("share", [0.75, 0.4])
+@pytest.mark.parametrize("share", [0.4, pytest.param(0.75, marks=pytest.mark.slow)])
 def test_what_fits_stays_under_the_limit_and_trains_the_same(config, plain, fresh, share):
     wide, peak, losses = plain
     size = share * peak

@@ -82,7 +82,7 @@ def test_shortened_to_the_longest_beginning_that_fits(builtin, number, room, con
     chat = list(CHATS[number])
     for answer in {2 * turn + 1 for turn in context if 2 * turn + 1 < len(chat)}:
         chat[answer] = chat[answer] | {"weight": 0}
-    row = batch._rows([chat], [None], builtin[1], room, "all")
+    row = batch.encode_rows([chat], [None], builtin[1], room, "all")
     if row["full_length"][0] <= room:
         assert row["length"] == row["full_length"]
         return

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,8 +62,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "shared"])
-@pytest.mark.parametrize("case", CASES)
+ALIKE = "end to end", "padded, by length", "in random order"  # how layers are shared, is the same
+BOTH = [(case, fsdp) for case in CASES for fsdp in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "case, fsdp",
+    [
+        pytest.param(
+            case,
+            fsdp,
+            id=f"{case}-{'shared' if fsdp else 'whole'}",
+            marks=[pytest.mark.slow] if fsdp and case in ALIKE else [],
+        )
+        for case, fsdp in BOTH
+    ],
+)
 def test_two_processes_train_as_one(case, fsdp, tmp_path):
     (expected, weights, _), *_ = in_processes(partial(train, tmp_path / "one", **CASES[case]), 1)
     both = in_processes(partial(train, tmp_path / "two", fsdp=fsdp, **CASES[case]))
@@ -233,6 +248,12 @@ def test_launcher_is_killed(rows, tmp_path):
     assert any((tmp_path / "run").glob("checkpoint-*"))
 
 
+def is_open(port):
+    "Whether something listens on a port of this machine."
+    with socket.socket() as one:
+        return one.connect_ex(("localhost", port)) == 0
+
+
 def test_machine_that_is_lost(rows, tmp_path):
     "Two launchers on this machine stand for two hosts; one is killed, and started again."
     options = changes(rows, "training.logging_steps=1", "training.eval_steps=4")
@@ -242,7 +263,9 @@ def test_machine_that_is_lost(rows, tmp_path):
     more = [f"output_dir={folder}", "--nproc", "1", "--nnodes", "2", "--max-restarts", "3"]
     more += ["--rdzv-endpoint", f"localhost:{port}"]
     host = start(options, *more)
-    time.sleep(1)  # so that this one keeps the meeting place
+    while not is_open(port):  # so that this one keeps the meeting place
+        time.sleep(0.1)
+        assert host.poll() is None, host.stdout.read()
     other = start(options, *more)
     try:
         while not any(folder.glob("checkpoint-*")):

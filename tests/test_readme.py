@@ -16,6 +16,7 @@ SMALL = (
     "training.logging_steps=1",
     "training.batch_size=8",
     "training.gradient_accumulation_steps=1",
+    "data.split=[0.97, 0.015, 0.015]",
 )
 
 
@@ -29,11 +30,12 @@ def test_ten_lines(tmp_path, monkeypatch):
 
 def test_commands_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ran = []
+    ran, served = [], []
     monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
     monkeypatch.setattr("lorabook.cli._plan", lambda cfg, name, processes: ran.append(cfg))
     launched = lambda function, cfg, *rest, nproc: ran.append(cfg) if nproc == 4 else None
     monkeypatch.setattr("lorabook.train.launch.launch", launched)
+    monkeypatch.setattr("lorabook.cli.serve_app", lambda *options: served.append(options))
     shell = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.S))
     commands = re.findall(r"^lorabook (.*?)(?:\s+#.*)?$", shell, flags=re.M)
     assert len(commands) >= 3
@@ -42,6 +44,7 @@ def test_commands_are_understood(tmp_path, monkeypatch, capsys):
         assert main(shlex.split(words)) == 0, command
         if target:
             Path(target.strip()).write_text(capsys.readouterr().out)
+    assert len(served) == 1
     assert [cfg.model.name for cfg in ran] == [
         "builtin",
         *2 * ["Qwen/Qwen2.5-0.5B-Instruct"],

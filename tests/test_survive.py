@@ -1,5 +1,6 @@
 """A run that is killed, damaged, starved or interrupted, and what is left of it."""
 
+import io
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from lorabook.errors import ConfigError, HardwareError, TrainingError, TrainingS
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
 from lorabook.run import run_training
-from lorabook.train.callbacks import SaveBestCallback
+from lorabook.train.callbacks import SaveBestCallback, StopCallback
 from lorabook.train.checkpoint import only_run
 from lorabook.train.loop import train_loop
 from lorabook.train.trainer import create_trainer, get_history
@@ -169,6 +170,28 @@ def test_sigterm(tmp_path, capsys):
         ).train()
     assert not (tmp_path / "twice" / "checkpoint-3").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_signal_in_the_middle_of_a_line(monkeypatch):
+    "The stream is busy then, and refuses to be written to by the same thread."
+    got, stopper = [], StopCallback()
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not stopper.reason:
+                signal.raise_signal(signal.SIGINT)
+            got.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(Raw())))
+    with stopper.listening():
+        print("step 5", flush=True)
+    while b"once more ends at once" not in b"".join(got):
+        time.sleep(0.01)
+    assert stopper.reason == "SIGINT came" and got[0] == b"step 5\n"
 
 
 def test_finished_run_started_again(tmp_path, refused):

@@ -205,8 +205,11 @@ def test_hyperparameter_search_of_transformers(cfg, tmp_path):
     trainer = create_trainer(adapted, tokenizer, *rows.values(), str(tmp_path), cfg.training)
     trainer.model_init = lambda: setup_lora(load()[0], LoraSettings(r=2))
     space = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}
+    losses = []  # three of each trial
+    objective = lambda metrics: losses.append(metrics["eval_loss"]) or losses[-1]
     options = dict(backend="optuna", hp_space=space, n_trials=2, direction="minimize")
-    best = trainer.hyperparameter_search(**options)
+    best = trainer.hyperparameter_search(**options, compute_objective=objective)
     assert 1e-3 <= best.hyperparameters["learning_rate"] <= 1e-2
-    assert best.objective == pytest.approx(trainer.state.log_history[-2]["eval_loss"])
+    assert len(losses) == 6 and best.objective == min(losses[2], losses[5])
+    assert losses[5] == pytest.approx(trainer.state.log_history[-2]["eval_loss"])
     assert (tmp_path / "run-0" / "checkpoint-4").is_dir()

@@ -1,14 +1,13 @@
 """The pictures of the README, from the saved outputs of the quickstart: python tools/pictures.py
 
-It needs a `chromium` on the path.
+A browser is installed first where there is none.
 """
 
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import browser
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,21 +33,16 @@ def html_of(notebook, start):
 
 
 def main():
-    browser = shutil.which("chromium") or sys.exit("No `chromium` was found.")
+    path = browser.get()
     notebook = nbformat.read(ROOT / "nbs" / "guides" / "01_quickstart.ipynb", as_version=4)
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars".split()
+    flags = ["--headless", "--hide-scrollbars", *browser.FLAGS]
     with tempfile.TemporaryDirectory() as folder:
         for name, (start, size) in PICTURES.items():
             page, picture = Path(folder) / f"{name}.html", ROOT / "nbs" / "images" / f"{name}.png"
             body = html_of(notebook, start)
             page.write_text(f"<meta charset=utf-8><style>{STYLE}</style>{body}", encoding="utf-8")
-            command = [
-                browser,
-                *flags,
-                f"--window-size={size}",
-                f"--screenshot={picture}",
-                str(page),
-            ]
+            options = [f"--window-size={size}", f"--screenshot={picture}"]
+            command = [path, *flags, *options, str(page)]
             subprocess.run(command, check=True, capture_output=True)
             print(picture.relative_to(ROOT))
 

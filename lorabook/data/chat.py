@@ -15,6 +15,7 @@ from html import escape
 
 from .template import NOTICES, fit_content, read_chat
 from ..errors import ModelError, TemplateError
+from ..pictures import visible
 
 # %% ../../nbs/32_data.chat.ipynb #161cdeef
 def _labels(text, spans, ids, offsets):
@@ -124,7 +125,11 @@ def encode_chat(
 
 # %% ../../nbs/32_data.chat.ipynb #e0145188
 _TRAINED = "background:rgba(46,160,67,.35)"  # a green that is readable on light and on dark
-_HIDDEN = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))} | {10: "⏎\n"}
+
+
+def _shown(text):
+    "The text of a token, with line ends and tabs made visible."
+    return visible(text).replace("\n", "⏎\n").replace("\t", "⇥")
 
 
 @dataclasses.dataclass
@@ -132,6 +137,7 @@ class TokenView:
     "A row, token by token."
 
     pieces: list  # (text, id, trained, special)
+    more: int = 0  # tokens that come after these, and are neither shown nor counted
 
     @property
     def trained(self) -> int:  # number of tokens
@@ -140,15 +146,19 @@ class TokenView:
     @property
     def counts(self) -> dict:  # name -> number, as text
         "Sizes of the row."
+        size = len(self.pieces) + self.more
         flags = "".join("x" if trained else " " for _, _, trained, _ in self.pieces)
         answers = [len(stretch) for stretch in flags.split()]
         return {
-            "tokens": f"{len(self.pieces)}",
+            "tokens": f"{len(self.pieces)}" + f" of {size}" * (self.more > 0),
             "trained": f"{self.trained} ({self.trained / max(len(self.pieces), 1):.0%})",
             "special": f"{sum(special for *_, special in self.pieces)}",
             "answers": f"{len(answers)}, of {', '.join(map(str, answers)) or 'no'} tokens",
             "characters": f"{sum(len(text) for text, *_ in self.pieces)}",
         }
+
+    def _rest(self):
+        return f" … and {self.more:,} more tokens" if self.more else ""
 
     def __str__(self):
         colour = {
@@ -158,18 +168,19 @@ class TokenView:
             (False, False): "\033[2m",
         }
         body = "".join(
-            f"{colour[trained, special]}{text.translate(_HIDDEN)}\033[0m"
+            f"{colour[trained, special]}{_shown(text)}\033[0m"
             for text, _, trained, special in self.pieces
         )
-        return f"{body}\n" + "; ".join(f"{name}: {n}" for name, n in self.counts.items())
+        counts = "; ".join(f"{name}: {n}" for name, n in self.counts.items())
+        return f"{body}{self._rest()}\n{counts}"
 
     def _repr_html_(self):
         spans = []
         for text, token_id, trained, special in self.pieces:
-            style = _TRAINED if trained else "opacity:.65"
+            style = f"{_TRAINED};text-decoration:underline" if trained else "opacity:.65"
             if special:
                 style += ";outline:1px solid currentColor;border-radius:3px;font-weight:600"
-            shown = escape(text.translate(_HIDDEN)).replace("\n", "<br>")
+            shown = escape(_shown(text)).replace("\n", "<br>")
             shown = shown.replace(" ", "&nbsp;<wbr>")
             note = f"id {token_id}, trained" if trained else f"id {token_id}"
             spans.append(f'<span title="{note}" style="{style}">{shown}</span>')
@@ -181,19 +192,21 @@ class TokenView:
         return (
             '<div style="display:flex;flex-wrap:wrap;gap:8px 28px;align-items:flex-start">'
             '<div style="font-family:monospace;line-height:1.7;flex:1 1 24em">'
-            f'{"".join(spans)}</div><div style="{grid}">{rows}</div></div>'
+            f'{"".join(spans)}{self._rest()}</div><div style="{grid}">{rows}</div></div>'
         )
 
 
 def show_tokens(
     example: dict,  # `input_ids` and `labels`; or `messages`, which are encoded first
     tokenizer,  # the tokenizer of the model
+    limit: int | None = None,  # tokens that are shown; None: all
 ) -> TokenView:  # HTML in a notebook, colours in a terminal
     "Show which tokens of a row are trained."
     if "messages" in example:
         example = encode_chat(example["messages"], tokenizer, example.get("tools"))
     special, pieces, waiting = set(tokenizer.all_special_ids), [], []
-    for token_id, label in zip(example["input_ids"], example["labels"], strict=True):
+    ids, labels = example["input_ids"], example["labels"]
+    for token_id, label in zip(ids[:limit], labels[:limit], strict=True):
         waiting.append(token_id)  # several tokens may make one character; it is shown at the last
         text = tokenizer.decode(waiting)
         if "\ufffd" in text and len(waiting) < 8:
@@ -201,4 +214,4 @@ def show_tokens(
         else:
             waiting = []
         pieces.append((text, token_id, label != -100, token_id in special))
-    return TokenView(pieces)
+    return TokenView(pieces, len(ids) - len(pieces))

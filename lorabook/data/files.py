@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import load_dataset
 
 from ..config import builtin_path
-from ..errors import DataError
+from ..errors import DataError, noted
 
 # %% ../../nbs/26_data.files.ipynb #b1a7b967
 def _load_json(text):
@@ -33,23 +33,27 @@ def _load_json(text):
     return json.loads(text, object_pairs_hook=once)
 
 
-def _read_jsonl(path):
+def _load_line(line, place):
+    try:
+        return _load_json(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place} is not valid JSON.",
+            f"{error.msg}, column {error.colno}: {line:.60}",
+            "Write one JSON object on each line.",
+        ) from None
+
+
+def _read_jsonl(path, problems):
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path.name}, line {number}", _load_json(line.strip())
-            except json.JSONDecodeError as error:
-                found = f"{error.msg}, column {error.colno}: {line.strip():.60}"
-                raise DataError(
-                    f"{path.name}, line {number} is not valid JSON.",
-                    found,
-                    "Write one JSON object on each line.",
-                ) from None
+            place = f"{path.name}, line {number}"
+            if line.strip():
+                with noted(problems):
+                    yield place, _load_line(line.strip(), place)
 
 
-def _read_json(path):
+def _read_json(path, problems):
     try:
         rows = _load_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -76,7 +80,7 @@ def _rows_of(reader, path):
         ) from None
 
 
-def _read_csv(path):
+def _read_csv(path, problems):
     with path.open(encoding="utf-8-sig", newline="") as lines:
         csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(lines, strict=True)
@@ -89,16 +93,17 @@ def _read_csv(path):
             )
         for row in _rows_of(reader, path):
             place = f"{path.name}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{place} has another number of columns than the header.",
-                    f"header: {reader.fieldnames}",
-                    "Put quotation marks around texts that contain commas.",
-                )
-            yield place, row
+            with noted(problems):
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{place} has another number of columns than the header.",
+                        f"header: {reader.fieldnames}",
+                        "Put quotation marks around texts that contain commas.",
+                    )
+                yield place, row
 
 # %% ../../nbs/26_data.files.ipynb #d6cda2f4
-def _read_parquet(path):
+def _read_parquet(path, problems):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = itertools.chain.from_iterable(b.to_pylist() for b in file.iter_batches(1000))
@@ -138,10 +143,20 @@ def _read_hub(source):
 
 
 def read_rows(
-    source: str,  # `builtin`, a path in .jsonl, .json, .csv or .parquet, or a hub dataset
+    source: str | list,  # `builtin`, a .jsonl, .json, .csv or .parquet, a hub dataset; or the rows
     key: str = "train_file",  # the setting that named it, for the message
+    problems: list | None = None,  # gets what is wrong; None: the first problem is raised
 ) -> Iterator[tuple[str, dict]]:  # (place, row); raises `DataError`
     "Read a data file or a dataset on the hub row by row."
+    with noted(problems):
+        yield from _read(source, key, problems)
+
+
+def _read(source, key, problems):
+    "The rows, by the reader for the source."
+    if not isinstance(source, str):
+        yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
+        return
     if _is_hub_id(source):
         yield from _read_hub(source)
         return
@@ -159,7 +174,7 @@ def read_rows(
             f"Use one of {', '.join(_READERS)}.",
         )
     try:
-        yield from _READERS[path.suffix](path)
+        yield from _READERS[path.suffix](path, problems)
     except UnicodeDecodeError:
         try:
             path.read_bytes().decode("utf-8")

@@ -31,7 +31,7 @@ from ..config import DataSettings
 from .conversation import MESSAGE_FIELDS, SHAPES, recognise, to_messages, to_tools
 from .duplicates import find_near_duplicates, group_pairs
 from .files import read_rows
-from ..errors import DataError
+from ..errors import DataError, noted
 
 # %% ../../nbs/30_data.source.ipynb #abc9a53a
 class _ExactJson(Json):
@@ -96,8 +96,9 @@ def _has_null(value):
 class _Source:
     "The conversations of a source, checked and encoded one by one; and what is remembered of them."
 
-    def __init__(self, rows, system_prompt=None):
-        self.rows, self.system_prompt, self.shape, self.count = rows, system_prompt, None, 0
+    def __init__(self, rows, system_prompt=None, problems=None):
+        self.rows, self.system_prompt, self.problems = rows, system_prompt, problems
+        self.shape, self.count, self.repeats = None, 0, 0
         self.prompts, self.has_tools, self.nulls = [], False, 0
         self.columns, self.fields = {}, {}  # not used, unknown; dicts keep the order
 
@@ -105,18 +106,27 @@ class _Source:
         seen, digest = set(), lambda v: hashlib.blake2b(v.encode(), digest_size=16).digest()
         for place, row in self.rows:
             self.count += 1
-            self.shape = self.shape or recognise(row, place)
-            messages, tools = to_messages(row, self.shape, place), to_tools(row, place)
-            if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
-                messages.insert(0, {"role": "system", "content": self.system_prompt})
-            texts = [_as_json(m, f"{place}, message {n}") for n, m in enumerate(messages, 1)]
-            encoded = None if tools is None else _as_json(tools, f"{place}, `tools`")
-            whole = digest(_encode_sorted([messages, tools]))
-            if whole not in seen:
+            with noted(self.problems):
+                messages, tools = self._conversation(row, place)
+                texts = [_as_json(m, f"{place}, message {n}") for n, m in enumerate(messages, 1)]
+                encoded = None if tools is None else _as_json(tools, f"{place}, `tools`")
+                whole = digest(_encode_sorted([messages, tools]))
+                if whole in seen:
+                    self.repeats += 1
+                    continue
                 seen.add(whole)
                 self._note(row, messages, tools)
                 self.prompts.append(digest(_encode_sorted(_prompt(messages))))
                 yield texts, encoded
+
+    def _conversation(self, row, place):
+        "The messages and the tools of a row; the first good row decides on the shape of all."
+        shape = self.shape or recognise(row, place)
+        messages, tools = to_messages(row, shape, place), to_tools(row, place)
+        self.shape = shape
+        if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return messages, tools
 
     def _note(self, row, messages, tools):
         columns = SHAPES[self.shape]
@@ -129,7 +139,9 @@ class _Source:
 
     def report(self):
         "What was found, in one line."
-        line = f"{self.shape}, {self.count} rows, {self.count - len(self.prompts)} repeats left out"
+        line = f"{self.shape}, {self.count} rows, {self.repeats} repeats left out"
+        if bad := self.count - self.repeats - len(self.prompts):
+            line += f", {bad} with problems left out"
         if self.columns:
             line += f"; columns not used: {', '.join(self.columns)}"
         if self.fields:
@@ -139,19 +151,21 @@ class _Source:
         return line
 
 # %% ../../nbs/30_data.source.ipynb #0049b478
-def _read_conversations(source, key, system_prompt):
+def _read_conversations(source, key, system_prompt, problems=None):
     "The conversations of a source and a digest of each prompt; prints what was found."
-    rows = read_rows(source, key)
-    bar = tqdm(rows, desc=f"read {source}", unit=" rows", delay=1, leave=False)
-    found = _Source(bar, system_prompt)
+    name = source if isinstance(source, str) else "rows"
+    rows = read_rows(source, key, problems)
+    bar = tqdm(rows, desc=f"read {name}", unit=" rows", delay=1, leave=False)
+    found = _Source(bar, system_prompt, problems)
     data = _store(iter(found))
-    if not found.count:
+    if not (found.count or problems):
         raise DataError(
-            f"{source!r} has no rows.",
+            f"{name!r} has no rows.",
             "an empty file",
             "Give a file with at least one conversation.",
         )
-    print(f"{source}: {found.report()}")
+    if found.count:
+        print(f"{name}: {found.report()}")
     return data, found.prompts, found.has_tools
 
 # %% ../../nbs/30_data.source.ipynb #7416b44f
@@ -256,15 +270,16 @@ def _report_near(splits, groups, pairs, data):
 
 
 def load_and_prepare_data(
-    train_file: str = "builtin",  # `builtin`, a path, or a hub dataset
+    train_file: str | list = "builtin",  # `builtin`, a path, or a hub dataset; or a list of rows
     cfg: DataSettings | None = None,  # split, validation_file, test_file and system_prompt are used
     seed: int = 42,  # of the split
+    problems: list | None = None,  # gets what is wrong, and bad rows are left out; None: it raises
 ) -> DatasetDict:  # train, validation, test: `messages`, and `tools` if any; raises `DataError`
     "Read, check, deduplicate and split; prints what was found."
     cfg = cfg or DataSettings()
     files = {"train": train_file, "validation": cfg.validation_file, "test": cfg.test_file}
     read = {
-        name: _read_conversations(file, f"{name}_file", cfg.system_prompt)
+        name: _read_conversations(file, f"{name}_file", cfg.system_prompt, problems)
         for name, file in files.items()
         if file
     }
@@ -283,7 +298,9 @@ def load_and_prepare_data(
     for name in list(read)[1:]:
         start, end = end, end + len(read[name][0])
         splits[name] = range(start, end)
-    _refuse_overlap(splits, prompts, data, cfg)
-    together = _report_near(splits, groups, pairs, data)
-    print("split: " + " / ".join(f"{name} {len(r)}" for name, r in splits.items()) + together)
+    if prompts:  # else a problem was noted
+        with noted(problems):
+            _refuse_overlap(splits, prompts, data, cfg)
+        together = _report_near(splits, groups, pairs, data)
+        print("split: " + " / ".join(f"{name} {len(r)}" for name, r in splits.items()) + together)
     return DatasetDict({name: data.select(rows) for name, rows in splits.items()})

@@ -8,6 +8,7 @@ __all__ = ['Answer', 'generate', 'chat']
 # %% ../../nbs/50_infer.generate.ipynb #d0336629
 import torch
 from tqdm import tqdm
+from transformers import StoppingCriteria
 
 from ..data.template import fit_content
 from ..errors import ModelError
@@ -29,6 +30,12 @@ def _stop_ids(model, tokenizer):
     "Every token that ends a turn."
     ids = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
+
+
+def _as_answer(ids, tokenizer, stops):
+    "The text before the first token that ends a turn."
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    return Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
 
 def _as_messages(prompt):
@@ -62,15 +69,45 @@ def _generate_batch(model, tokenizer, conversations, options):
     outputs = model.generate(
         **inputs, **options, use_cache=True, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
     )
-    answers = []
-    for ids in outputs[:, inputs["input_ids"].shape[1] :].tolist():
-        end = next((i for i, token in enumerate(ids) if token in stops), None)
-        answers.append(
-            Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
+    answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_as_answer(ids, tokenizer, stops) for ids in answers]
+
+# %% ../../nbs/50_infer.generate.ipynb #8c7dccef
+class _Watch(StoppingCriteria):
+    "Reads along after each token, and ends the generation once an event is set."
+
+    def __init__(self, decode, on_text, stop):
+        self.decode, self.on_text, self.stop = decode, on_text, stop
+        self.start, self.told = None, ""
+
+    def __call__(self, input_ids, scores, **_):
+        if self.on_text:
+            self.start = self.start or input_ids.shape[1] - 1  # where the answer begins
+            text = self.decode(input_ids[0, self.start :].tolist())
+            if not text.endswith("\ufffd"):  # the beginning of a character
+                self.tell(text)
+        ended = self.stop is not None and self.stop.is_set()
+        return torch.full((len(input_ids),), ended, device=input_ids.device)
+
+    def tell(self, text):
+        "Hand on what is new in an answer."
+        new, self.told = text[len(self.told) :], text
+        if new:
+            self.on_text(new)
+
+
+def _watch(model, tokenizer, count, on_text, stop):
+    "What reads along with one answer."
+    if on_text and count != 1:
+        raise ModelError(
+            "Only one answer at a time can be read along.",
+            f"{count} prompts",
+            "Ask them one by one, or leave `on_text` out.",
         )
-    return answers
+    stops = _stop_ids(model, tokenizer)
+    return _Watch(lambda ids: _as_answer(ids, tokenizer, stops), on_text, stop)
 
-
+# %% ../../nbs/50_infer.generate.ipynb #3a961ead
 def generate(
     model,  # base model or adapter
     tokenizer,  # with a chat template
@@ -79,17 +116,24 @@ def generate(
     temperature: float = 0.0,  # 0: always the likeliest token; above: sampled
     batch_size: int = 16,  # prompts answered together
     tools: list | None = None,  # for each prompt a list of JSON schemas, or None
+    on_text=None,  # called with each new piece of text; for one prompt only
+    stop=None,  # a `threading.Event`; once it is set, no more tokens are made
 ) -> list[Answer]:  # in the order of `prompts`; raises `ModelError`
     "Answer prompts in batches, longest first, so that memory runs out at the start or never."
     conversations = list(zip(map(_as_messages, prompts), tools or [None] * len(prompts)))
     order = sorted(range(len(prompts)), key=lambda i: -len(str(conversations[i])))
     options = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
-    if temperature > 0:
-        options["temperature"] = temperature
-    answers, was_training = [None] * len(prompts), model.training
+    options |= {"temperature": temperature} if temperature > 0 else {}
+    watch = _watch(model, tokenizer, len(prompts), on_text, stop)
+    options |= {"stopping_criteria": [watch]} if on_text or stop else {}
+    answers, was_training = [Answer("", False)] * len(prompts), model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="generate", delay=1, leave=False):
+        starts = range(0, len(order), batch_size)
+        bar = dict(delay=1, leave=False, disable=len(starts) == 1)
+        for start in tqdm(starts, desc="generate", **bar):
+            if stop and stop.is_set():
+                break
             batch = order[start : start + batch_size]
             for i, answer in zip(
                 batch, _generate_batch(model, tokenizer, [conversations[i] for i in batch], options)
@@ -97,6 +141,8 @@ def generate(
                 answers[i] = answer
     finally:
         model.train(was_training)
+    if on_text:
+        watch.tell(answers[0])
     return answers
 
 # %% ../../nbs/50_infer.generate.ipynb #158babf3
@@ -104,12 +150,12 @@ def chat(
     model,  # base model or adapter
     tokenizer,  # with a chat template
     message: str,  # what the user says
-    history: list[dict] | None = None,  # earlier messages; the new ones are appended
-    **options,  # of `generate`
+    history: list[dict] | None = None,  # earlier messages; these two are appended at the end
+    **options,  # of `generate`, such as `on_text` and `stop`
 ) -> Answer:  # what the model says
     "Say something to the model."
     history = [] if history is None else history
-    history.append({"role": "user", "content": message})
-    answer = generate(model, tokenizer, [history], **options)[0]
-    history.append({"role": "assistant", "content": str(answer)})
+    asked = {"role": "user", "content": message}
+    answer = generate(model, tokenizer, [[*history, asked]], **options)[0]
+    history += [asked, {"role": "assistant", "content": str(answer)}]
     return answer

@@ -10,6 +10,7 @@ __all__ = ['HistoryCallback', 'LiveLogCallback', 'SaveBestCallback', 'SamplesCal
 # %% ../../nbs/60_train.callbacks.ipynb #2b19f8ef
 import math
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -154,6 +155,7 @@ class LiveLogCallback(TrainerCallback):
         )
         clock = f"{left // 60}:{left % 60:02} left"
         self.write(f"step {state.global_step:>4}/{state.max_steps}  {shown}  {clock}")
+        sys.stdout.flush()  # whoever reads it through a pipe sees it now
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -287,15 +289,23 @@ class StopCallback(TrainerCallback):
         self._going.set()
 
     def pause(self):
-        "Wait after the present step, until `go_on` or `stop`; from any thread."
+        "Wait after the present micro-batch, until `go_on` or `stop`; from any thread."
         self._going.clear()
 
     def go_on(self):
         "Go on after `pause`."
         self._going.set()
 
+    @property
+    def pausing(self) -> bool:
+        "Whether it waits, or will after the present micro-batch."
+        return not self._going.is_set()
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.monotonic()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._going.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._going.wait()
@@ -316,7 +326,9 @@ class StopCallback(TrainerCallback):
             if self.reason:
                 raise KeyboardInterrupt
             self.stop(f"{signal.Signals(number).name} came")
-            print("\nfinishing this step, then saving; once more ends at once", flush=True)
+            text = "\nfinishing this step, then saving; once more ends at once"
+            # in a thread: the signal may have come in the middle of another print
+            threading.Thread(target=print, args=[text], kwargs={"flush": True}).start()
 
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
