@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Frame', 'write_go', 'read_frame', 'OllamaTemplate', 'ollama_template']
 
-# %% ../../nbs/69_export.ollama.ipynb #afb7b486
+# %% ../../nbs/69_export.ollama.ipynb #e12e7e74
 import dataclasses
 import os
 import re
@@ -14,7 +14,7 @@ from html import escape
 from ..data.template import fit_content, render
 from ..errors import TemplateError
 
-# %% ../../nbs/69_export.ollama.ipynb #863087a9
+# %% ../../nbs/69_export.ollama.ipynb #ec526ee7
 @dataclasses.dataclass(frozen=True)
 class Frame:
     "What a chat template writes around the words of a conversation."
@@ -48,8 +48,9 @@ class Frame:
                 text += self.answer_open + message["content"] + self.answer_close
         return text + self.prompt
 
-# %% ../../nbs/69_export.ollama.ipynb #83fc1072
-_HEAD = "{{ if .System }}%(system_open)s{{ .System }}%(system_close)s{{ else }}%(start)s{{ end }}"
+# %% ../../nbs/69_export.ollama.ipynb #2412dc99
+_HEAD = "{{ if .System }}%(system_open)s{{ .System }}%(system_close)s"
+_ELSE = "{{ else }}%(start)s"
 _LAST = "%(start)s{{ $last := 0 }}{{ range $i, $_ := .Messages }}{{ $last = $i }}{{ end }}"
 _IN_LAST = "%(system_open)s{{ $.System }}%(system_close)s{{ else }}%(user_open)s"
 _OPENINGS = {  # of a user's turn, by the place of the system prompt
@@ -77,26 +78,34 @@ def write_go(
     frame: Frame,  # of a chat template
 ) -> str:  # what stands behind TEMPLATE in a Modelfile
     "A frame in the template language of Go."
-    head = {"last": _LAST, "none": "%(start)s"}.get(frame.place, _HEAD)
+    head = _HEAD + (_ELSE if frame.start else "") + "{{ end }}"
+    head = {"last": _LAST, "none": "%(start)s"}.get(frame.place, head)
     words = {name: _as_go(value) for name, value in vars(frame).items()}
     return (head + _TURNS % _OPENINGS[frame.place]) % words
 
-# %% ../../nbs/69_export.ollama.ipynb #62c75d13
+# %% ../../nbs/69_export.ollama.ipynb #f66edcee
 _WORDS = {"system": "xqsystem", "first": "xqfirst", "answer": "xqanswer", "again": "xqagain"}
 _ROLES = {"system": "system", "first": "user", "answer": "assistant", "again": "user"}
 
 
-def _pieces(write, order):
-    "What a template writes around the words, which stand in this order; None: they don't."
-    spoken = [name for name in _WORDS if name in order]
-    text = write([{"role": _ROLES[name], "content": _WORDS[name]} for name in spoken])
-    parts = re.split("(" + "|".join(_WORDS.values()) + ")", text)
-    return parts[::2] if parts[1::2] == [_WORDS[name] for name in order] else None
+def _say(*names):
+    "A conversation in which each message is one word."
+    return [{"role": _ROLES[name], "content": _WORDS[name]} for name in names]
 
 
-def _common_end(*texts):
-    "The longest text with which all of them end."
-    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
+def _pieces(write, *names, order=None):
+    "What a template writes around the words, if they stand in this order."
+    words = [_WORDS[name] for name in order or names]
+    parts = re.split("(" + "|".join(_WORDS.values()) + ")", write(_say(*names)))
+    return parts[::2] if parts[1::2] == words else None
+
+
+def _closing(write, *names):
+    "What a template writes after the last word, if nothing is to follow; it may refuse to."
+    try:
+        return write(_say(*names), end=True).rpartition(_WORDS[names[-1]])[2]
+    except TemplateError:
+        return ""
 
 
 def _unreadable(found):
@@ -110,18 +119,18 @@ def _unreadable(found):
 
 def _find_system(frame, write):
     "The frame with a place for the system prompt."
-    ask = [{"role": _ROLES[name], "content": _WORDS[name]} for name in ("system", "first")]
     try:
-        written = write(ask)
+        written = write(_say("system", "first"))
     except TemplateError:  # system prompts are refused
         return frame
     if _WORDS["system"] not in written:
         return frame
-    if found := _pieces(write, ["system", "first", "answer", "again"]):
+    names = "system", "first", "answer", "again"
+    if found := _pieces(write, *names):
         opening, closing = found[:2]
         place = "turn" if closing.endswith(frame.user_open) else "first"
         closing = closing.removesuffix(frame.user_open) if place == "turn" else closing
-    elif found := _pieces(write, ["first", "answer", "system", "again"]):
+    elif found := _pieces(write, *names, order=("first", "answer", "system", "again")):
         opening, closing, place = found[2].removeprefix(frame.answer_close), found[3], "last"
     else:
         raise _unreadable(written)
@@ -132,12 +141,14 @@ def read_frame(
     write,  # messages -> the prompt; with `end=True`: without what makes the assistant speak
 ) -> Frame:  # raises `TemplateError`
     "Read off what a chat template writes around the words."
-    pieces = _pieces(write, ["first", "answer", "again"])
+    pieces = _pieces(write, "first", "answer", "again")
     if pieces is None:
-        raise _unreadable(write([{"role": "user", "content": _WORDS["first"]}]))
+        raise _unreadable(write(_say("first")))
     start, after_user, after_answer, prompt = pieces
-    opening = _common_end(start, after_answer)
-    _, closing = write([{"role": "user", "content": "xqfirst"}], end=True).split("xqfirst")
+    opening = after_answer.removeprefix(_closing(write, "first", "answer"))
+    if not start.endswith(opening):  # what both end with
+        opening = os.path.commonprefix([start[::-1], after_answer[::-1]])[::-1]
+    closing = _closing(write, "first")
     if not (after_user.startswith(closing) and prompt.startswith(closing)):
         closing = ""
     frame = Frame(
@@ -150,7 +161,7 @@ def read_frame(
     )
     return _find_system(frame, write)
 
-# %% ../../nbs/69_export.ollama.ipynb #10d39bc3
+# %% ../../nbs/69_export.ollama.ipynb #542ad669
 _AWKWARD = '{{ .System }} {% raw %} """ \' \\n <b> & `$x` %s {0} %(start)s'
 _LETTERS = "na\u00efve \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600"
 _LINES = "one\n\n  two\n```\nthree\n```"
@@ -194,7 +205,7 @@ def _check(frame, write):
                 "Serve the model with transformers, vLLM or llama.cpp, which read the template.",
             )
 
-# %% ../../nbs/69_export.ollama.ipynb #374783b5
+# %% ../../nbs/69_export.ollama.ipynb #a1784054
 @dataclasses.dataclass
 class OllamaTemplate:
     "A chat template for Ollama."
@@ -212,7 +223,7 @@ class OllamaTemplate:
         shown = "".join(f"<li>{escape(line)}</li>" for line in lines)
         return f'<pre style="white-space:pre-wrap">{escape(self.text)}</pre><ul>{shown}</ul>'
 
-# %% ../../nbs/69_export.ollama.ipynb #2988bbf1
+# %% ../../nbs/69_export.ollama.ipynb #6e8d4596
 def _writer(tokenizer):
     "What writes prompts, without the token that Ollama adds by itself; and that token."
     template = tokenizer.get_chat_template()
