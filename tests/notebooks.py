@@ -62,7 +62,10 @@ class Kernel:
     def finish(self, cell, error=None, seconds=60):
         "Wait for a cell; returns its outputs. `error` is the name of the one it must end in."
         wait_until(lambda: self.read() or cell in self.idle, seconds)
-        return checked(self.outputs[cell], error)
+        outputs = self.outputs[cell]
+        if any(output.output_type == "error" for output in outputs):
+            wait_until(lambda: self.execute("0"))  # at first it turns away what comes
+        return checked(outputs, error)
 
     def execute(self, code, error=None, seconds=60):
         "Run a cell; returns its outputs."

@@ -63,20 +63,15 @@ CASES = {
 
 
 ALIKE = "end to end", "padded, by length", "in random order"  # how layers are shared, is the same
-BOTH = [(case, fsdp) for case in CASES for fsdp in (False, True)]
+
+
+def also_shared(case):
+    "A case with layers shared out, behind the slow flag where another case does the same."
+    return pytest.param(case, True, marks=[pytest.mark.slow] if case in ALIKE else [])
 
 
 @pytest.mark.parametrize(
-    "case, fsdp",
-    [
-        pytest.param(
-            case,
-            fsdp,
-            id=f"{case}-{'shared' if fsdp else 'whole'}",
-            marks=[pytest.mark.slow] if fsdp and case in ALIKE else [],
-        )
-        for case, fsdp in BOTH
-    ],
+    "case, fsdp", [*((case, False) for case in CASES), *map(also_shared, CASES)]
 )
 def test_two_processes_train_as_one(case, fsdp, tmp_path):
     (expected, weights, _), *_ = in_processes(partial(train, tmp_path / "one", **CASES[case]), 1)
@@ -209,10 +204,18 @@ def read_until(process, words):
     return text
 
 
-def test_launcher_is_told_to_stop(rows, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(rows, tmp_path_factory):
+    "Changes of a run in two processes, and the folder of one that ran to its end."
     options = changes(rows, "training.logging_steps=1", "training.eval_steps=4")
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    in_processes(lambda: run_training(RunConfig().override(*options, f"output_dir={whole}")))
+    folder = tmp_path_factory.mktemp("undisturbed")
+    cfg = RunConfig().override(*options, f"output_dir={folder}")
+    in_processes(lambda: run_training(cfg))
+    return options, folder
+
+
+def test_launcher_is_told_to_stop(undisturbed, tmp_path):
+    (options, whole), folder = undisturbed, tmp_path / "run"
     with start(options, f"output_dir={folder}", "--nproc", "2") as process:
         text = read_until(process, "step    5/16")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher and to all
@@ -254,11 +257,10 @@ def is_open(port):
         return one.connect_ex(("localhost", port)) == 0
 
 
-def test_machine_that_is_lost(rows, tmp_path):
+@pytest.mark.slow  # eight processes, one after another
+def test_machine_that_is_lost(undisturbed, tmp_path):
     "Two launchers on this machine stand for two hosts; one is killed, and started again."
-    options = changes(rows, "training.logging_steps=1", "training.eval_steps=4")
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    in_processes(lambda: run_training(RunConfig().override(*options, f"output_dir={whole}")))
+    (options, whole), folder = undisturbed, tmp_path / "run"
     port = 29000 + os.getpid() % 900
     more = [f"output_dir={folder}", "--nproc", "1", "--nnodes", "2", "--max-restarts", "3"]
     more += ["--rdzv-endpoint", f"localhost:{port}"]
