@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chat_in_terminal']
 
-# %% ../nbs/76_terminal.ipynb #cbe751cb
+# %% ../nbs/76_terminal.ipynb #bd293eb5
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ from .export.save import load_adapter
 from .infer.generate import chat
 from .pictures import visible
 
-# %% ../nbs/76_terminal.ipynb #e531b09f
+# %% ../nbs/76_terminal.ipynb #a6fb36ae
 _LEAVE_BASE = (True, False, None, "gaussian", "orthogonal")  # `init_lora_weights`
 
 
@@ -62,7 +62,7 @@ class _Conversation:
             limit = f"cut off after {self.options['max_new_tokens']} tokens"
             _note(f"[{'stopped' if stop.is_set() else limit}]")
 
-# %% ../nbs/76_terminal.ipynb #a5e26974
+# %% ../nbs/76_terminal.ipynb #0b0f5d4d
 _COMMANDS = """\
 /base          the next answers are the base model's
 /adapter       they are the adapter's again
@@ -75,9 +75,7 @@ def _switch(talk, to_base):
     "Let the other side answer."
     start = talk.model.active_peft_config.init_lora_weights
     if to_base and start not in _LEAVE_BASE:
-        return (
-            f"The base can't be asked: this adapter began with {start!r}, which changes the base."
-        )
+        return f"The base can't be asked: the adapter began with {start!r}, which changes it."
     talk.asks_base = to_base
     return "The base model answers." if to_base else "The adapter answers."
 
@@ -97,7 +95,7 @@ def _obey(line, talk):
         return _COMMANDS
     return f"There is no command {name}.\n{_COMMANDS}"
 
-# %% ../nbs/76_terminal.ipynb #e4d0b102
+# %% ../nbs/76_terminal.ipynb #9135eff0
 def _next_line(talk):
     "What the user typed; None: there is no more."
     if not sys.stdin.isatty():
