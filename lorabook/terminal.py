@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['chat_in_terminal']
 
-# %% ../nbs/76_terminal.ipynb #bd293eb5
+# %% ../nbs/76_terminal.ipynb #6828f3ab
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Event
 
@@ -20,7 +20,7 @@ from .export.save import load_adapter
 from .infer.generate import chat
 from .pictures import visible
 
-# %% ../nbs/76_terminal.ipynb #a6fb36ae
+# %% ../nbs/76_terminal.ipynb #bca4e0b7
 _LEAVE_BASE = (True, False, None, "gaussian", "orthogonal")  # `init_lora_weights`
 
 
@@ -62,7 +62,7 @@ class _Conversation:
             limit = f"cut off after {self.options['max_new_tokens']} tokens"
             _note(f"[{'stopped' if stop.is_set() else limit}]")
 
-# %% ../nbs/76_terminal.ipynb #0b0f5d4d
+# %% ../nbs/76_terminal.ipynb #513b7f17
 _COMMANDS = """\
 /base          the next answers are the base model's
 /adapter       they are the adapter's again
@@ -95,7 +95,7 @@ def _obey(line, talk):
         return _COMMANDS
     return f"There is no command {name}.\n{_COMMANDS}"
 
-# %% ../nbs/76_terminal.ipynb #9135eff0
+# %% ../nbs/76_terminal.ipynb #45e58050
 def _next_line(talk):
     "What the user typed; None: there is no more."
     if not sys.stdin.isatty():
@@ -122,6 +122,8 @@ def chat_in_terminal(
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature)
     talk = _Conversation(model, tokenizer, system, options)
     if sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  arrow keys, and earlier lines
         _note(f"{Path(adapter_dir).name}: type a message, or /help")
     while (line := _next_line(talk)) not in (None, "/quit"):
         try:

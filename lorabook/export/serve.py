@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Serving', 'how_to_serve', 'write_modelfile']
 
-# %% ../../nbs/75_export.serve.ipynb #51fb05cb
+# %% ../../nbs/75_export.serve.ipynb #6da31072
 import dataclasses
 import re
 import shlex
@@ -21,7 +21,7 @@ from .folder import read_adapter
 from .ollama import ollama_template
 from ..model.load import setup_tokenizer
 
-# %% ../../nbs/75_export.serve.ipynb #b3da9a86
+# %% ../../nbs/75_export.serve.ipynb #3d7698f7
 @dataclasses.dataclass
 class Way:
     "One way to serve a folder."
@@ -55,7 +55,7 @@ class Serving:
             parts.append(f"<pre><code>{lines}</code></pre>")
         return "".join(parts)
 
-# %% ../../nbs/75_export.serve.ipynb #f8a775af
+# %% ../../nbs/75_export.serve.ipynb #b67b3c5f
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PYTHON = """\
 from peft import PeftModel
@@ -132,7 +132,7 @@ def _adapter_ways(folder):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #eff0cc0b
+# %% ../../nbs/75_export.serve.ipynb #a425db85
 _CONVERTER = "convert_hf_to_gguf.py"
 _ASK = """\
 from openai import OpenAI
@@ -190,7 +190,7 @@ def _model_ways(folder, port):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #b4811faa
+# %% ../../nbs/75_export.serve.ipynb #6561ead1
 def _holds_model(folder):
     "Whether a folder holds a whole model; raises `ModelError` if it holds none, and no adapter."
     if (folder / "adapter_config.json").is_file():
@@ -215,7 +215,7 @@ def how_to_serve(
         return Serving(folder, "a whole model", _model_ways(folder, port))
     return Serving(folder, "an adapter, to be put on its base model", _adapter_ways(folder))
 
-# %% ../../nbs/75_export.serve.ipynb #77803c71
+# %% ../../nbs/75_export.serve.ipynb #244095db
 def _stops(folder, tokenizer):
     "Everything that ends a turn, as text."
     ids = [tokenizer.eos_token_id]
