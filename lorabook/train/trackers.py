@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_trackers', 'Tracker', 'make_trackers', 'tell_trackers', 'trackers_closed']
 
-# %% ../../nbs/53_train.trackers.ipynb #4365b901
+# %% ../../nbs/53_train.trackers.ipynb #e3de6a5e
 import os
 from contextlib import contextmanager
 from functools import partialmethod
@@ -21,7 +21,7 @@ from ..config import RunConfig, nearest
 from ..errors import ConfigError
 from ..processes import from_first, is_first
 
-# %% ../../nbs/53_train.trackers.ipynb #95bdb0c1
+# %% ../../nbs/53_train.trackers.ipynb #42a2f363
 def _integration(name):
     "What transformers has for a tracker."
     if name not in INTEGRATION_TO_CALLBACK:
@@ -59,7 +59,7 @@ def check_trackers(
 
     from_first(look)
 
-# %% ../../nbs/53_train.trackers.ipynb #1200886d
+# %% ../../nbs/53_train.trackers.ipynb #ae4c0902
 class Tracker(TrainerCallback):
     "A tracker of transformers; if it fails, the training goes on without it."
 
@@ -76,11 +76,12 @@ class Tracker(TrainerCallback):
         try:
             yield
         except Exception as error:
-            self.fault = f"{type(error).__name__}: {error}"
-            print(
-                f"The tracker `{self.name}` failed in `{event}`, at step {state.global_step}; "
-                f"the training goes on without it.\n  found: {self.fault}"
-            )
+            told, self.fault = self.fault, f"{type(error).__name__}: {error}"
+            if not told:
+                print(
+                    f"The tracker `{self.name}` failed in `{event}`, at step {state.global_step}; "
+                    f"the training goes on without it.\n  found: {self.fault}"
+                )
 
     def _tell(self, event, args, state, control, **kwargs):
         "Pass an event on."
@@ -118,16 +119,16 @@ class Tracker(TrainerCallback):
 
     def _close(self):
         "End the run that was begun here, if the integration has not."
-        if self._opened and self.callback._initialized:
-            import_module(self.name).finish()
+        opened, self._opened = self._opened, False
+        if opened and self.callback._initialized:
             self.callback._initialized = False
-        self._opened = False
+            import_module(self.name).finish()
 
 
 for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
     setattr(Tracker, _event, partialmethod(Tracker._tell, _event))
 
-# %% ../../nbs/53_train.trackers.ipynb #d0632c78
+# %% ../../nbs/53_train.trackers.ipynb #88796174
 def make_trackers(
     report_to: str | list[str],  # names, as in the config
 ) -> list[Tracker]:  # callbacks; none but in the first process; raises `ConfigError`
@@ -160,5 +161,5 @@ def trackers_closed(
         yield
     finally:
         for tracker in _trackers(trainer):
-            with tracker._forgiven("the end", trainer.state):
+            with tracker._forgiven("on_train_end", trainer.state):
                 tracker._close()
