@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runs', 'list_runs', 'RunComparison', 'compare_runs']
 
-# %% ../nbs/77_records.ipynb #c746fe0a
+# %% ../nbs/77_records.ipynb #b150db8d
 import dataclasses
 import time
 from pathlib import Path
@@ -14,9 +14,9 @@ from .config import SECTIONS, RunConfig
 from .describe import show_value
 from .errors import LorabookError
 from .pictures import figure_html, table_html, visible
-from .train.record import RunRecord, read_run
+from .runfolder import RunRecord, read_run
 
-# %% ../nbs/77_records.ipynb #88941b17
+# %% ../nbs/77_records.ipynb #fdb79a13
 def _flat(record):
     "Settings by their full names, but for where the run is."
     values = record.config.to_dict() if record.config else {}
@@ -75,9 +75,11 @@ class Runs:
     def _table(self):
         "The names of the columns, the rows, and what is the same in all."
         columns = {name: [] for name in ["state", "began", "steps", "validation"]}
-        scores = dict.fromkeys(name for record in self.records for name in record.after)
-        for name in list(scores)[:2]:  # the loss, and the first of the others
+        decides = [record.decides for record in self.records if record.decides]
+        others = [name for record in self.records for name in record.after if name != "loss"]
+        for name in ["loss", *(decides or others)[:1]]:
             columns[name.replace("_", " ")] = [_show(name, r.after.get(name)) for r in self.records]
+        columns["verdict"] = [record.verdict for record in self.records]
         for cells in map(_cells, self.records):
             for name, text in cells.items():
                 columns.setdefault(name, []).append(text)
@@ -133,7 +135,7 @@ def list_runs(
     records.sort(key=lambda record: record.began or time.time())
     return Runs(folder, records, faults)
 
-# %% ../nbs/77_records.ipynb #1d92b224
+# %% ../nbs/77_records.ipynb #4ceb4e95
 _TEST_ROWS = ("data.train_file", "data.test_file", "data.validation_file", "data.split", "seed")
 
 
@@ -165,6 +167,7 @@ class RunComparison:
             yield name, *(one[name] for one in cells)
         for name in dict.fromkeys(name for record in self.records for name in record.after):
             yield name.replace("_", " "), *(_score(record, name) for record in self.records)
+        yield "verdict", *(record.verdict for record in self.records)
         for name in ("time", "memory"):
             yield name, *(one[name] for one in cells)
         versions = [record.config.versions if record.config else {} for record in self.records]
