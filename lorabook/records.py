@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runs', 'list_runs', 'RunComparison', 'compare_runs']
 
-# %% ../nbs/77_records.ipynb #b150db8d
+# %% ../nbs/77_records.ipynb #ebbec877
 import dataclasses
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from .errors import LorabookError
 from .pictures import figure_html, table_html, visible
 from .runfolder import RunRecord, read_run
 
-# %% ../nbs/77_records.ipynb #fdb79a13
+# %% ../nbs/77_records.ipynb #2ea147e3
 def _flat(record):
     "Settings by their full names, but for where the run is."
     values = record.config.to_dict() if record.config else {}
@@ -118,14 +118,20 @@ def _own(records):
     return found
 
 
+def _folders(folder):
+    "Those inside that are no links."
+    return [path for path in sorted(folder.glob("*/")) if not path.is_symlink()]
+
+
 def list_runs(
-    folder: str | Path = ".",  # it, its folders and theirs are looked through
+    folder: str | Path = ".",  # it, its folders and theirs are looked through, but no links
 ) -> Runs:  # raises `LorabookError`
     "Find the runs in a folder."
     folder, records, faults = Path(folder), [], []
     if not folder.is_dir():
         raise LorabookError("There is no such folder.", folder, "Give one that holds runs.")
-    for path in (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))):
+    inside = _folders(folder)
+    for path in (folder, *inside, *(below for path in inside for below in _folders(path))):
         try:
             record = read_run(path)
         except LorabookError as error:
@@ -135,7 +141,7 @@ def list_runs(
     records.sort(key=lambda record: record.began or time.time())
     return Runs(folder, records, faults)
 
-# %% ../nbs/77_records.ipynb #4ceb4e95
+# %% ../nbs/77_records.ipynb #edf66833
 _TEST_ROWS = ("data.train_file", "data.test_file", "data.validation_file", "data.split", "seed")
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['note_end', 'RunRecord', 'read_run']
 
-# %% ../nbs/11_runfolder.ipynb #7d6219a1
+# %% ../nbs/11_runfolder.ipynb #b0b10b96
 import dataclasses
 import json
 from contextlib import suppress
@@ -17,7 +17,7 @@ from .config import RunConfig
 from .errors import LorabookError, TrainingStopped
 from .pictures import visible
 
-# %% ../nbs/11_runfolder.ipynb #46bb1521
+# %% ../nbs/11_runfolder.ipynb #e248abff
 def note_end(
     output_dir: str | Path,  # of a run that has begun to train
     error: BaseException,  # that ends it
@@ -56,7 +56,7 @@ def _read_json(path):
     except (OSError, ValueError, RecursionError) as error:
         raise LorabookError(f"{path} can't be read.", error, "Restore or delete it.") from None
 
-# %% ../nbs/11_runfolder.ipynb #2148a247
+# %% ../nbs/11_runfolder.ipynb #26e9f3c6
 @dataclasses.dataclass
 class RunRecord:
     "What is known of a run."
@@ -126,7 +126,8 @@ def read_run(
             record.before = _scores(figures.get("before", {}))[0]
             record.after, record.intervals = _scores(figures.get("after", {}))
             compared = figures.get("comparison", {})
-            record.verdict, record.decides = compared.get("kind", ""), compared.get("decides", "")
+            record.verdict = str(compared.get("kind", ""))
+            record.decides = str(compared.get("decides", ""))
         return record
     except _ODD as error:
         if isinstance(error, LorabookError):
