@@ -18,7 +18,7 @@ from ..config import RunConfig, builtin_path
 from ..data.batch import DataReport
 from ..errors import ModelError
 from ..hardware import Hardware
-from ..infer.evaluate import show_score
+from ..infer.statistics import show_score
 from ..pictures import show_size
 
 # %% ../../nbs/71_export.card.ipynb #04e97826
