@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runs', 'list_runs', 'RunComparison', 'compare_runs']
 
-# %% ../nbs/77_records.ipynb #ebbec877
+# %% ../nbs/77_records.ipynb #5c76604d
 import dataclasses
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from .errors import LorabookError
 from .pictures import figure_html, table_html, visible
 from .runfolder import RunRecord, read_run
 
-# %% ../nbs/77_records.ipynb #2ea147e3
+# %% ../nbs/77_records.ipynb #b5c11bda
 def _flat(record):
     "Settings by their full names, but for where the run is."
     values = record.config.to_dict() if record.config else {}
@@ -131,7 +131,7 @@ def list_runs(
     if not folder.is_dir():
         raise LorabookError("There is no such folder.", folder, "Give one that holds runs.")
     inside = _folders(folder)
-    for path in (folder, *inside, *(below for path in inside for below in _folders(path))):
+    for path in (folder, *inside, *(deeper for above in inside for deeper in _folders(above))):
         try:
             record = read_run(path)
         except LorabookError as error:
@@ -141,7 +141,7 @@ def list_runs(
     records.sort(key=lambda record: record.began or time.time())
     return Runs(folder, records, faults)
 
-# %% ../nbs/77_records.ipynb #edf66833
+# %% ../nbs/77_records.ipynb #71a0bb1f
 _TEST_ROWS = ("data.train_file", "data.test_file", "data.validation_file", "data.split", "seed")
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['note_end', 'RunRecord', 'read_run']
 
-# %% ../nbs/11_runfolder.ipynb #b0b10b96
+# %% ../nbs/11_runfolder.ipynb #363ef89b
 import dataclasses
 import json
 from contextlib import suppress
@@ -14,10 +14,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .config import RunConfig
-from .errors import LorabookError, TrainingStopped
+from .errors import ConfigError, LorabookError, TrainingStopped
 from .pictures import visible
 
-# %% ../nbs/11_runfolder.ipynb #e248abff
+# %% ../nbs/11_runfolder.ipynb #5ac4b314
 def note_end(
     output_dir: str | Path,  # of a run that has begun to train
     error: BaseException,  # that ends it
@@ -56,7 +56,7 @@ def _read_json(path):
     except (OSError, ValueError, RecursionError) as error:
         raise LorabookError(f"{path} can't be read.", error, "Restore or delete it.") from None
 
-# %% ../nbs/11_runfolder.ipynb #26e9f3c6
+# %% ../nbs/11_runfolder.ipynb #9dbe55af
 @dataclasses.dataclass
 class RunRecord:
     "What is known of a run."
@@ -129,9 +129,10 @@ def read_run(
             record.verdict = str(compared.get("kind", ""))
             record.decides = str(compared.get("decides", ""))
         return record
+    except ConfigError as error:
+        found = " ".join(str(error).split())
+        raise LorabookError(f"{config} is no config.", found, "Mend or delete it.") from error
     except _ODD as error:
-        if isinstance(error, LorabookError):
-            raise
         found = f"{type(error).__name__}: {error}"
         todo = "Restore its metrics.json, or delete it."
         raise LorabookError(f"{folder} has figures that no run writes.", found, todo) from error
