@@ -8,18 +8,18 @@ __all__ = ['RunResult']
 # %% ../nbs/78_result.ipynb #5fbe1879
 import dataclasses
 import statistics
+from functools import cached_property
 from html import escape
 from pathlib import Path
 
 from .config import RunConfig
+from .infer.compare import Comparison, compare
 from .infer.evaluate import Scores
-from .infer.statistics import show_score
 from .memory import MemoryLog
-from .pictures import table_html
 from .train.callbacks import HistoryCallback
 
 # %% ../nbs/78_result.ipynb #9509540c
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class RunResult:
     "Everything about a finished run that is worth keeping. A notebook shows it as a page."
 
@@ -31,6 +31,14 @@ class RunResult:
     trainable: object  # the `TrainableReport`
     seconds: dict  # phase -> seconds
     config: RunConfig  # as it was run
+    checks: object = None  # the `AdapterCheck`; None: several processes trained it
+
+    @cached_property
+    def comparison(self) -> Comparison | None:  # None: there is no test split
+        "Base and adapter on the same unseen conversations."
+        losses = self.history.column("loss")[1]
+        last = losses[-1] if losses else None
+        return compare(self.before, self.after, train_loss=last) if self.after else None
 
     @property
     def tokens_per_second(self) -> float | None:  # None: nothing was logged
@@ -40,11 +48,12 @@ class RunResult:
 
     def to_dict(self) -> dict:  # what metrics.json holds
         "The figures of the run."
-        scores = {
-            name: s.to_dict() for name, s in (("before", self.before), ("after", self.after)) if s
-        }
+        tests = {"before": self.before, "after": self.after} if self.after else {}
+        found = {name: s.to_dict() | {"intervals": s.intervals} for name, s in tests.items()}
+        found |= {"comparison": self.comparison.to_dict()} if tests else {}
+        found |= {"checks": self.checks.to_dict()} if self.checks else {}
         return dict(
-            scores,
+            found,
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
             tokens_per_second=self.tokens_per_second,
@@ -57,61 +66,30 @@ class RunResult:
             versions=self.config.versions,
         )
 
-    def _score_rows(self):
-        "(name, before, after), as text."
-        if not self.after:
-            return []
-        before, after = self.before.to_dict(), self.after.to_dict()
-        return [
-            (name.replace("_", " "), show_score(name, before[name]), show_score(name, value))
-            for name, value in after.items()
-            if name != "rows"
-        ]
+    def __repr__(self):
+        return f"RunResult({self.adapter_dir}, {self.comparison or 'not tested'})"
 
     def __str__(self):
-        name = f"{self.after.rows} test rows" if self.after else ""
-        lines = [f"{name:<16}{'base':>10}{'adapter':>10}"] + [
-            f"{name:<16}{b:>10}{a:>10}" for name, b, a in self._score_rows()
-        ]
         on_cpu = self.memory.plan is not None and self.memory.plan.device.device == "cpu"
         whole, seconds = " of the process" if on_cpu else "", sum(self.seconds.values())
         rate = self.tokens_per_second
         speed = f", {rate:,.0f} tokens a second in training" if rate else ""
-        if self.after:
-            prompt, reference, answer = self.after.answers[0]
-            example = (prompt[-1]["content"], self.before.answers[0][2], answer, reference)
-            names = ("prompt", "base", "adapter", "reference")
-            lines += ["", *(f"{name:<10} {text}" for name, text in zip(names, example)), ""]
-        return "\n".join(
-            [
-                *(lines if self.after else []),
-                f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s{speed}",
-                f"adapter: {self.adapter_dir}",
-            ]
-        )
+        cost = f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s{speed}"
+        said = [f"{part}\n" for part in (self.comparison, self.checks) if part]
+        return "\n".join([*said, cost, f"adapter: {self.adapter_dir}"])
 
     def _repr_html_(self):
         return _result_page(self)
 
 # %% ../nbs/78_result.ipynb #08dba5bc
-def _result_page(result, examples=3):
+def _result_page(result):
     "A `RunResult` as HTML."
     parts = []
-    if result.after:
-        parts += [
-            f"<h4>Before and after, on {result.after.rows} unseen conversations</h4>",
-            table_html(("", "base", "adapter"), result._score_rows(), "right"),
-        ]
-        rows = [
-            (prompt[-1]["content"], base, answer, reference)
-            for (prompt, reference, answer), (_, _, base) in zip(
-                result.after.answers[:examples], result.before.answers[:examples]
-            )
-        ]
-        parts += [
-            "<h4>The same prompts</h4>",
-            table_html(("prompt", "base", "adapter", "reference"), rows),
-        ]
+    if result.comparison:
+        title = f"Before and after, on {result.after.rows} unseen conversations"
+        parts += [f"<h4>{title}</h4>", result.comparison._repr_html_()]
+    if result.checks:
+        parts += ["<h4>The adapter in the folder</h4>", result.checks._repr_html_()]
     parts += [
         "<h4>Training</h4>",
         result.history._repr_html_() if result.history.rows else "",
