@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
+from .export.check import base_fingerprint, check_adapter
+
 from .config import RunConfig, as_config, library_versions
 from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
@@ -26,12 +28,14 @@ from .infer.evaluate import evaluate
 from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
-from .processes import from_first, one_voice, process_count
+from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
+from .runfolder import note_end
 from .train.arguments import check_training_arguments
 from .train.checkpoint import find_checkpoint, only_run
 from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
+from .train.trackers import tell_trackers
 from .train.trainer import create_trainer, get_history
 
 # %% ../nbs/80_run.ipynb #24547dce
@@ -100,7 +104,8 @@ def _begin_output(cfg, resume):
     folder = Path(cfg.output_dir)
     for checkpoint in () if resume else folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    Path(folder, "metrics.json").unlink(missing_ok=True)
+    for name in ("metrics.json", "end.json"):
+        Path(folder, name).unlink(missing_ok=True)
     cfg.to_yaml(folder / "run.yaml")
     sign(folder)
 
@@ -180,6 +185,7 @@ class Run:
             self.trainable = trainable_report(self.model)
             print(self.trainable)
             self.before = None if _keeps_base(self.cfg) else self._test()
+            self.base = base_fingerprint(self.model) if process_count() == 1 else None
             print_gpu_memory_usage()
 
     def train(self):  # raises `TrainingStopped` and `TrainingError`
@@ -190,6 +196,7 @@ class Run:
             callbacks = [MemoryCallback(memory), *self.callbacks]
             self.trainer = _create_trainer(self.model, self.tokenizer, self.data, cfg, callbacks)
             self.trainer.add_callback(ProbeCallback(self.trainer, memory))
+            tell_trackers(self.trainer, cfg)
             self.trainer.train(resume_from_checkpoint=self.checkpoint)
 
     def finish(self) -> RunResult:
@@ -202,8 +209,9 @@ class Run:
             with self.model.disable_adapter():
                 before = self.before or self._test()
             after = self._test()
+            checks = self._check(adapter_dir)
         measured = self.history, self.phase.memory, self.trainable, self.phase.seconds
-        result = RunResult(adapter_dir, before, after, *measured, self.cfg)
+        result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks)
         from_first(lambda: _write_metrics(result))
         card = self.cfg, result.to_dict(), self.raw, self.history.rows, detect_hardware()
         from_first(lambda: write_card(adapter_dir, *card))
@@ -220,6 +228,12 @@ class Run:
         test = self.raw["test"]
         return evaluate(self.model, self.tokenizer, test) if len(test) else None
 
+    def _check(self, adapter_dir):
+        "What is wrong with the adapter in the folder, if anything; several processes don't look."
+        rows = self.raw["test"] if len(self.raw["test"]) else self.raw["train"]
+        about = self.model, self.tokenizer, rows, self.base
+        return check_adapter(adapter_dir, *about) if self.base else None
+
 
 @contextmanager
 def open_run(
@@ -235,7 +249,13 @@ def open_run(
     with one_voice(), only_run(cfg.output_dir):
         resume = resume_from_checkpoint or begins_again(cfg.output_dir)
         checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))
-        yield Run(cfg, checkpoint, callbacks, tell)
+        run = Run(cfg, checkpoint, callbacks, tell)
+        try:
+            yield run
+        except BaseException as error:
+            if run.trainer and is_first():
+                note_end(cfg.output_dir, error)
+            raise
 
 
 def run_training(
