@@ -148,7 +148,7 @@ def merge_adapter(
     adapter_dir: str | Path,  # from `save_model`, or another with a LoRA of PEFT
     output_dir: str | Path,  # a new folder for the model
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",  # of its weights
-    max_shard_size: str = "2GB",  # of a file; about as much memory is needed, and half of it more
+    max_shard_size: str = "2GB",  # of a file; takes as much memory, and a layer or two
     base: str | None = None,  # the base model in 16 bits; None: the one that was trained on
     check: bool = True,  # compare it with the adapter, for which the models are loaded
     test: list | None = None,  # rows with `messages`, for the scores of before and after

@@ -34,7 +34,9 @@ def _merge_layer(layer, path, weight, tensors, config):
     try:
         alone = PeftModel(alone, config)
         set_peft_model_state_dict(alone, tensors)
-        return alone.merge_and_unload().get_submodule(path).weight.data
+        merged = alone.merge_and_unload().get_submodule(path)
+        weight, merged.weight.data = merged.weight.data, torch.empty(0)  # PEFT's objects stay a bit
+        return weight
     except Exception as error:
         found = f"{type(error).__name__}: {error!s:.200}"
         todo = "Serve it as an adapter, beside its base."
