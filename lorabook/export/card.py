@@ -17,7 +17,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from ..config import RunConfig, builtin_path
 from ..errors import ModelError
 from ..hardware import Hardware
-from ..infer.evaluate import show_score
+from ..infer.statistics import show_score
 from ..pictures import show_size
 
 # %% ../../nbs/71_export.card.ipynb #04e97826
