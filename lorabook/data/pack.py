@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from ..config import RunConfig
 from lorabook.data.batch import (
+    PreparedDatasets,
     cache_file,
     check_columns,
     content_key,
@@ -204,8 +205,8 @@ def prepare_rows(
     raw: DatasetDict,  # from `load_and_prepare_data`
     tokenizer,  # a fast one, with a chat template
     cfg: RunConfig,  # `data.packing` decides whether rows are packed
-) -> DatasetDict:  # `train` and `validation`; raises `DataError`, `TemplateError`
-    "The rows that a training sees."
+) -> PreparedDatasets:  # `train` and `validation`; raises `DataError`, `TemplateError`
+    "The rows that a training sees, and their report."
     seen = DatasetDict({name: raw[name] for name in ("train", "validation")})
     data = prepare_datasets(seen, tokenizer, cfg.data, cfg.model.max_length)
     if not cfg.data.packing:
@@ -215,4 +216,6 @@ def prepare_rows(
     total = len(data["train"])
     held = rows * total / len(packed["train"])
     print(f"An optimizer step holds {rows} rows: about {held:.0f} of {total} conversations.")
-    return DatasetDict(packed)
+    found = PreparedDatasets(packed)
+    found.report = data.report
+    return found

@@ -9,12 +9,13 @@ __all__ = ['write_card']
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
 from ..config import RunConfig, builtin_path
+from ..data.batch import DataReport
 from ..errors import ModelError
 from ..hardware import Hardware
 from ..infer.statistics import show_score
@@ -47,6 +48,11 @@ def _code(text):
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def _plain(text):
+    "A sentence that may quote strangers, as text on one line."
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+
+
 def _table(head, rows, rule="---"):
     "A table in Markdown, with this rule above all columns but the first; nothing without rows."
     cell = lambda value: str(value).replace("|", "\\|")
@@ -59,6 +65,8 @@ _TEMPLATE = """---
 {{ card_data }}
 ---
 
+<!-- Left to you, for the head: `language` of the data, and the `license` that you give. -->
+
 # {{ title }}
 
 A LoRA adapter for {{ name }}, trained with lorabook.
@@ -68,6 +76,12 @@ A LoRA adapter for {{ name }}, trained with lorabook.
 On the {{ rows }} conversations of the test split, which the training did not see.
 
 {{ scores }}
+{% if verdict %}
+{{ verdict }}
+{% endif %}{% endif %}{% if limits %}
+## Limits
+
+{{ limits }}
 {% endif %}
 ## How to load it
 
@@ -93,7 +107,9 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]))
 ## How it was trained
 
 {{ training }}
-{% if data %}
+{% if curve %}
+{{ curve }}
+{% endif %}{% if data %}
 {{ data }}
 {% endif %}{% if versions %}
 {{ versions }}
@@ -119,6 +135,26 @@ def _loading(cfg):
     )
 
 
+def _licence(model):
+    "The licence of the base model, where its card is on this machine."
+    if model.name == "builtin":
+        return "`apache-2.0`"
+    path = Path(model.name, "README.md")
+    if hub := _hub_id(model.name):
+        path = try_to_load_from_cache(hub, "README.md", revision=model.revision)
+    try:
+        said = ModelCard.load(path).data.license
+    except Exception:  # it is not here, or not to be understood
+        return None
+    return said and _code(said)
+
+
+def _set(cfg, section):
+    "(name, value) of what a section sets."
+    values = cfg.to_dict()[section].items()
+    return [(k, v) for k, v in values if v is not None and not k.endswith("_token")]
+
+
 def _training(cfg, figures, history, hardware):
     "(what, how much) of the training; None where it is not known."
     said = lambda key, form: None if figures.get(key) is None else form.format(figures[key])
@@ -127,10 +163,14 @@ def _training(cfg, figures, history, hardware):
     seconds = figures.get("seconds", {}).get("train")
     peak, parameters = figures.get("peak_memory_bytes"), figures.get("trainable_parameters")
     whole = " of the process" if hardware and hardware.device == "cpu" else ""
+    settings = lambda name: _code(", ".join(f"{k}={v}" for k, v in _set(cfg, name)))
     yield "base model", _code(_short(cfg.model.name))
     yield "revision", cfg.model.revision and _code(cfg.model.revision)
+    yield "its licence", _licence(cfg.model)
+    yield "code of its own", "`trust_remote_code` was on" if cfg.model.trust_remote_code else None
     yield "its weights in training", cfg.model.quantization
-    yield "LoRA", _code(", ".join(f"{k}={v}" for k, v in cfg.to_dict()["lora"].items()))
+    yield "LoRA", settings("lora")
+    yield "training", settings("training")
     yield "trained parameters", parameters and said("total_parameters", f"{parameters:,} of {{:,}}")
     yield "optimizer steps", said("steps", "{:,}")
     yield "training loss, last", at(logged("loss")[-1] if logged("loss") else None)
@@ -150,18 +190,67 @@ def _data(cfg, splits):
         path = Path(builtin_path("data") if name == "builtin" else name)
         if path.is_file():
             with path.open("rb") as file:
-                hashes.append((_code(_short(name)), f"`{sha_fileobj(file).hex()}`"))
-    tables = _table(("split", "rows", "from"), rows), _table(("file", "SHA-256"), hashes)
+                size, found = show_size(path.stat().st_size), sha_fileobj(file).hex()
+            hashes.append((_code(_short(name)), size, f"`{found}`"))
+    tables = _table(("split", "rows", "from"), rows), _table(("file", "size", "SHA-256"), hashes)
     return "\n\n".join(filter(None, tables))
 
 
+def _curve(history, count=8):
+    "A table of what was logged, at so many steps."
+    rows = [row for row in history if {"loss", "eval_loss"} & row.keys()]
+    rows = [row for row in rows if "eval_loss" in row] or rows
+    every = (len(rows) - 1) / (count - 1)
+    chosen = sorted({round(i * every) for i in range(count)}) if rows else ()
+    show = lambda row, name: f"{row[name]:.4g}" if name in row else ""
+    lines = [(rows[i]["step"], show(rows[i], "loss"), show(rows[i], "eval_loss")) for i in chosen]
+    return _table(("step", "training loss", "validation loss"), lines, "---:")
+
+
+def _numbers(scores):
+    "name -> score, of what metrics.json has of a test."
+    found = scores | scores.get("means", {})
+    return {k: v for k, v in found.items() if k != "rows" and isinstance(v, (int, float))}
+
+
 def _scores(figures):
-    "The table of the scores, before and after."
-    before, after = figures.get("before", {}), figures.get("after", {})
-    scored = [name for name in after if name != "rows"]
-    show = lambda scores, name: show_score(name, scores[name]) if name in scores else ""
-    rows = [(name.replace("_", " "), show(before, name), show(after, name)) for name in scored]
-    return _table(("", "base", "adapter"), rows, "---:")
+    "The table of the scores, before and after, with 95 % intervals where they are known."
+    tests = [figures.get("before", {}), figures.get("after", {})]
+
+    def show(scores, name):
+        ends = scores.get("intervals", {}).get(name) or ()
+        found = show_score(name, _numbers(scores)[name]) if name in _numbers(scores) else ""
+        return found + (f" ({' to '.join(show_score(name, end) for end in ends)})" if ends else "")
+
+    names = _numbers(tests[1])
+    rows = [(n.replace("_", " "), *(show(scores, n) for scores in tests)) for n in names]
+    head = "(95 % interval)" if any("intervals" in scores for scores in tests) else ""
+    return _table((head, "base", "adapter"), rows, "---:")
+
+
+def _limits(figures, report):
+    "What is known of how far the scores and the training reach, in sentences."
+    rows, compared = figures.get("after", {}).get("rows"), figures.get("comparison", {})
+    if rows:
+        yield f"The scores are of {rows:,} conversations, with one answer to each."
+    for text in map(_plain, (*compared.get("warnings", ()), *compared.get("left_out", ()))):
+        yield f"{text[:1].upper()}{text[1:].rstrip('.')}."
+    for split in report.splits if report else ():
+        if split.name == "train" and split.over + split.untrained:
+            yield f"Of {split.rows:,} conversations to train on, not all were: {split.left_out}."
+        if split.name == "train" and not split.over:
+            yield f"The longest conversation that was trained has {split.lengths[100]:,} tokens."
+
+
+def _results(cfg, figures, data):
+    "The scores as the hub has them."
+    source = cfg.data.test_file or data
+    name = dict(dataset_type=_hub_id(source) or "local", dataset_name=f"{_short(source)}, test")
+    of = dict(task_type="text-generation", dataset_split="test", **name)
+    scores = _numbers(figures.get("after", {})).items()
+    return [
+        EvalResult(metric_type=key, metric_value=round(value, 4), **of) for key, value in scores
+    ]
 
 
 def write_card(
@@ -171,6 +260,7 @@ def write_card(
     splits: dict | None = None,  # name -> rows, from `load_and_prepare_data`
     history: list | None = None,  # `rows` of a `HistoryCallback`
     hardware: Hardware | None = None,  # that it was trained on
+    report: DataReport | None = None,  # of `prepare_datasets`, of what was trained
 ) -> ModelCard:  # that was written as README.md, in place of an older one; raises `ModelError`
     "Write what is known of an adapter into its folder."
     folder, name, data = Path(adapter_dir), cfg.model.name, cfg.data.train_file
@@ -180,12 +270,14 @@ def write_card(
             f"no adapter_config.json in {folder}",
             "Give the folder that `save_model` returned.",
         )
+    results = _results(cfg, figures, data)
     head = ModelCardData(
         base_model=_hub_id(name),
         datasets=_hub_id(data),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "lorabook"],
+        **(dict(eval_results=results, model_name=folder.resolve().name) if results else {}),
     )
     rows = [row for row in _training(cfg, figures, history or [], hardware) if row[1] is not None]
     card = ModelCard.from_template(
@@ -197,7 +289,10 @@ def write_card(
         **_loading(cfg),
         rows=figures.get("after", {}).get("rows"),
         scores=_scores(figures),
+        verdict=_plain(figures.get("comparison", {}).get("verdict", "")),
+        limits="\n".join(f"* {limit}" for limit in _limits(figures, report)),
         training=_table(rows[0], rows[1:]),
+        curve=_curve(history or []),
         data=_data(cfg, splits or {}),
         versions=_table(("library", "version"), cfg.versions.items()),
     )

@@ -9,13 +9,13 @@ __all__ = ['suggest_learning_rate', 'check_training_arguments', 'recomputed', 't
 import dataclasses
 
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import TrainingSettings
 from ..errors import ConfigError
 from ..hardware import mixed_precision
 from ..processes import process_count
 from .parallel import share_batch
+from .trackers import check_trackers
 
 # %% ../../nbs/55_train.arguments.ipynb #7256c76f
 def suggest_learning_rate(
@@ -36,12 +36,9 @@ def check_training_arguments(
 ):  # raises `ConfigError`
     "Refuse in good time what only transformers can judge, and rows that can't be shared out."
     share_batch(cfg, process_count())
-    report_to = [cfg.report_to] if isinstance(cfg.report_to, str) else cfg.report_to
+    check_trackers(cfg.report_to)
     try:
         TrainingArguments(output_dir="unused", use_cpu=True, **_passed_through(cfg))
-        trackers = [name for name in report_to if name not in ("none", "all")]
-        for tracker in get_reporting_integration_callbacks(trackers):
-            tracker()
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             "transformers refuses these training arguments.",
@@ -85,6 +82,7 @@ _FIXED = dict(  # correct training depends on these, or lorabook has its own in 
     remove_unused_columns=False,
     logging_nan_inf_filter=False,
     disable_tqdm=True,
+    report_to="none",
 )
 _SAME_NAME = (
     "max_steps",
@@ -94,7 +92,6 @@ _SAME_NAME = (
     "weight_decay",
     "logging_steps",
     "save_total_limit",
-    "report_to",
 )
 
 

@@ -194,7 +194,7 @@ def _lock(folder):
     "Hold a folder; the lock."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+        lock = FileLock(folder / ".lock", timeout=0.2, is_singleton=True)  # a look at it is short
         lock.acquire()
         return lock
     except Timeout:

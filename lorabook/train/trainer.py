@@ -55,6 +55,7 @@ from lorabook.train.parallel import (
     start_equal,
 )
 from .steps import StepTrainer
+from .trackers import make_trackers, trackers_closed
 
 # %% ../../nbs/61_train.trainer.ipynb #da9da05a
 class _ByLength(LengthGroupedSampler):
@@ -82,7 +83,7 @@ class AdapterTrainer(StepTrainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, **kwargs):
         folder = self._get_output_dir(trial)
-        with only_run(folder), self.stopper.listening():
+        with only_run(folder), self.stopper.listening(), trackers_closed(self):
             if resume_from_checkpoint:
                 resume_from_checkpoint = str(find_checkpoint(folder, resume_from_checkpoint))
             else:
@@ -289,7 +290,7 @@ def create_trainer(
     cfg, eval = cfg or TrainingSettings(), eval if eval is not None and len(eval) else None
     arguments, collate, fused = make_ready(model, tokenizer, train, eval, output_dir, cfg, seed)
     extra = [ThroughputCallback(), DivergenceCallback(), HistoryCallback(), LiveLogCallback()]
-    extra += callbacks or []
+    extra += make_trackers(cfg.report_to) + list(callbacks or [])
     if eval and cfg.early_stopping_patience:
         extra.append(EarlyStoppingCallback(cfg.early_stopping_patience))
     with only_run(output_dir):  # it can be written to
