@@ -23,7 +23,7 @@ from .train.callbacks import HistoryCallback
 class RunResult:
     "Everything about a finished run that is worth keeping. A notebook shows it as a page."
 
-    adapter_dir: Path  # loads with `peft.AutoPeftModelForCausalLM`
+    adapter_dir: Path  # loads with `load_adapter`, or with PEFT
     before: Scores | None  # of the base model on the test split; None: there is no test split
     after: Scores | None  # of the adapter, on the same rows
     history: HistoryCallback  # what was logged while training

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorabook.cli import main
-from lorabook.config import ModelSettings, RunConfig
+from lorabook.config import ModelSettings, RunConfig, builtin_path
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
 from lorabook.run import run_training
@@ -61,10 +61,11 @@ def test_records_of_a_run(output, adapter):
 def test_adapter_loads_without_lorabook(adapter, fresh):
     result = fresh(f"""
 import sys, torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(adapter)!r})
-model = AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r})
+base = AutoModelForCausalLM.from_pretrained({builtin_path("model")!r})
+model = PeftModel.from_pretrained(base, {str(adapter)!r})
 inputs = tokenizer.apply_chat_template([{{"role": "user", "content": "Hi"}}], return_dict=True,
                                        add_generation_prompt=True, return_tensors="pt")
 trained = model(**inputs).logits

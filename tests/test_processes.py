@@ -177,12 +177,12 @@ def test_whole_run(rows, tmp_path):
 
 
 def test_adapter_of_shared_layers_loads_alone(rows, tmp_path):
-    from peft import AutoPeftModelForCausalLM
+    from lorabook.export.save import load_adapter
 
     options = changes(rows, "training.max_steps=4", "training.fsdp=true")
     cfg = RunConfig().override(*options, f"output_dir={tmp_path}/run")
     result, _ = in_processes(lambda: run_training(cfg))
-    model = AutoPeftModelForCausalLM.from_pretrained(result.adapter_dir)
+    model, _ = load_adapter(result.adapter_dir)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

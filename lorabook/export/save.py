@@ -9,17 +9,14 @@ __all__ = ['adapter_name', 'save_model', 'load_adapter']
 import dataclasses
 import json
 import re
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
-
 from ..config import ModelSettings, RunConfig, builtin_path
 from ..errors import ModelError
-from .folder import read_adapter, read_weights
-from ..model.load import setup_model, setup_tokenizer
+from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
+from ..model.load import setup_model
+from ..model.shards import whole_folder
 
 # %% ../../nbs/70_export.save.ipynb #63d79fd0
 def adapter_name(
@@ -53,81 +50,23 @@ def save_model(
             type(model).__name__,
             "Attach one with `setup_lora`.",
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
-            done = Path(folder) / "adapter"
-            model.save_pretrained(str(done))
-            (done / "README.md").unlink(missing_ok=True)  # an empty form
-            tokenizer.save_pretrained(str(done))
-            _name_builtin(done / "adapter_config.json")
-            if cfg:
-                cfg.to_yaml(done / "run.yaml")
-            if target.exists():
-                shutil.rmtree(target)
-            done.rename(target)
-    except OSError as error:
-        raise ModelError(
-            f"The adapter can't be written to {target}.",
-            error,
-            "Give an `output_dir` with space and the right to write.",
-        ) from error
+    with whole_folder(target) as folder:
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form
+        tokenizer.save_pretrained(str(folder))
+        _name_builtin(folder / "adapter_config.json")
+        if cfg:
+            cfg.to_yaml(folder / "run.yaml")
     return target
 
-# %% ../../nbs/70_export.save.ipynb #f0d205fe
-def _base_settings(info, settings):
-    "How to load the base: as asked, else as in training; what could run code is left out."
-    run = info.run.model if info.run else ModelSettings(revision=info.config.get("revision"))
-    if settings:
-        return dataclasses.replace(settings, revision=settings.revision or run.revision)
-    return ModelSettings(quantization=run.quantization, dtype=run.dtype, revision=run.revision)
-
-
-def _own_tokenizer(info, model, tokenizer):
-    "The tokenizer of the adapter's folder, checked against that of the base; or the latter."
-    if not (info.folder / "tokenizer_config.json").is_file():
-        return tokenizer
-    own, rows = setup_tokenizer(str(info.folder)), model.get_input_embeddings().num_embeddings
-    known = tokenizer.get_vocab()
-    for token, number in own.get_vocab().items():
-        if known.get(token, number) != number or number >= rows:
-            other = f"{known[token]} in the base" if token in known else f"the base has {rows} rows"
-            raise ModelError(
-                f"The adapter {info.folder.name} was trained with another vocabulary.",
-                f"{token!r} has the number {number}; {other}",
-                f"Give the base that it was trained on (`base=`); it is called {info.base!r}.",
-            )
-    return own
-
 # %% ../../nbs/70_export.save.ipynb #c34d85cd
-def _misfit(info, found):
-    "The error for an adapter on a base that is not its own."
-    return ModelError(
-        f"The adapter {info.folder.name} doesn't fit the base model.",
-        found,
-        f"Give the base that it was trained on (`base=`); it is called {info.base!r}.",
-    )
-
-
-def _attach(model, info, names, key):
-    "The model with one more adapter under the name `key`."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is checked below
-            if isinstance(model, PeftModel):
-                model.load_adapter(info.folder, key)
-            else:
-                model = PeftModel.from_pretrained(model, info.folder, key)
-    except Exception as error:
-        line = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
-        raise _misfit(info, f"{type(error).__name__}: {line.strip():.250}") from error
-    held = set(get_peft_model_state_dict(model, adapter_name=key, save_embedding_layers=False))
-    if held - names:
-        lacks = f"{len(held - names)} tensors are not in its file, such as {min(held - names)}"
-        raise _misfit(info, lacks)
-    if unused := {name for name in names - held if "lora_" in name}:
-        raise _misfit(info, f"{len(unused)} tensors have no layer, such as {min(unused)}")
-    return model
+def _base_settings(info, base, settings):
+    "How to load the base: as asked, else as in training; what could run code is left out."
+    run = info.run.model if info.run else ModelSettings()
+    settings = settings or ModelSettings(quantization=run.quantization, dtype=run.dtype)
+    if settings.revision or base:
+        return settings
+    return dataclasses.replace(settings, revision=info.revision)
 
 
 def _keys(infos):
@@ -170,12 +109,14 @@ def load_adapter(
     infos = [read_adapter(folder) for folder in (adapter_dir, *more)]
     _check_together(infos, base)
     keys, names = _keys(infos), [set(read_weights(info)) for info in infos]
-    model, tokenizer = setup_model(base or infos[0].base, cfg=_base_settings(infos[0], settings))
-    own = [_own_tokenizer(info, model, tokenizer) for info in infos]
+    model, tokenizer = setup_model(
+        base or infos[0].base, cfg=_base_settings(infos[0], base, settings)
+    )
+    own = [own_tokenizer(info, model, tokenizer) for info in infos]
     for info, other in zip(infos[1:], own[1:]):
         if other.chat_template != own[0].chat_template:
             text = f"{info.folder.name} has another chat template; that of {infos[0].folder.name}"
             warnings.warn(f"{text} is used.", stacklevel=2)
     for each in zip(infos, names, keys):
-        model = _attach(model, *each)
+        model = attach_adapter(model, *each)
     return model.eval(), own[0]
