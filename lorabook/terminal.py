@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chat_in_terminal']
 
-# %% ../nbs/76_terminal.ipynb #6828f3ab
+# %% ../nbs/76_terminal.ipynb #a2309bbd
 import signal
 import sys
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +20,7 @@ from .export.save import load_adapter
 from .infer.generate import chat
 from .pictures import visible
 
-# %% ../nbs/76_terminal.ipynb #bca4e0b7
+# %% ../nbs/76_terminal.ipynb #174f479b
 _LEAVE_BASE = (True, False, None, "gaussian", "orthogonal")  # `init_lora_weights`
 
 
@@ -62,7 +62,7 @@ class _Conversation:
             limit = f"cut off after {self.options['max_new_tokens']} tokens"
             _note(f"[{'stopped' if stop.is_set() else limit}]")
 
-# %% ../nbs/76_terminal.ipynb #513b7f17
+# %% ../nbs/76_terminal.ipynb #3845b006
 _COMMANDS = """\
 /base          the next answers are the base model's
 /adapter       they are the adapter's again
@@ -95,7 +95,7 @@ def _obey(line, talk):
         return _COMMANDS
     return f"There is no command {name}.\n{_COMMANDS}"
 
-# %% ../nbs/76_terminal.ipynb #45e58050
+# %% ../nbs/76_terminal.ipynb #57192da8
 def _next_line(talk):
     "What the user typed; None: there is no more."
     if not sys.stdin.isatty():
@@ -124,7 +124,7 @@ def chat_in_terminal(
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  arrow keys, and earlier lines
-        _note(f"{Path(adapter_dir).name}: type a message, or /help")
+        _note(f"{Path(adapter_dir).resolve().name}: type a message, or /help")
     while (line := _next_line(talk)) not in (None, "/quit"):
         try:
             if line.startswith("/"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Serving', 'how_to_serve', 'write_modelfile']
 
-# %% ../../nbs/75_export.serve.ipynb #6da31072
+# %% ../../nbs/75_export.serve.ipynb #9bb472a7
 import dataclasses
 import re
 import shlex
@@ -20,8 +20,9 @@ from ..errors import ModelError
 from .folder import read_adapter
 from .ollama import ollama_template
 from ..model.load import setup_tokenizer
+from ..pictures import visible
 
-# %% ../../nbs/75_export.serve.ipynb #3d7698f7
+# %% ../../nbs/75_export.serve.ipynb #3ddf7c50
 @dataclasses.dataclass
 class Way:
     "One way to serve a folder."
@@ -45,17 +46,17 @@ class Serving:
             "\n".join([f"{way.name}  ({way.needs})", *(f"    {line}" for line in way.lines)])
             for way in self.ways
         ]
-        return "\n\n".join(parts)
+        return visible("\n\n".join(parts))
 
     def _repr_html_(self):
         parts = [f"<p><code>{escape(str(self.folder))}</code> is {escape(self.kind)}.</p>"]
         for way in self.ways:
-            lines = escape("\n".join(way.lines))
+            lines = escape(visible("\n".join(way.lines)))
             parts.append(f"<p><b>{escape(way.name)}</b>: {escape(way.needs)}</p>")
             parts.append(f"<pre><code>{lines}</code></pre>")
         return "".join(parts)
 
-# %% ../../nbs/75_export.serve.ipynb #b67b3c5f
+# %% ../../nbs/75_export.serve.ipynb #731e0267
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PYTHON = """\
 from peft import PeftModel
@@ -132,7 +133,7 @@ def _adapter_ways(folder):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #a425db85
+# %% ../../nbs/75_export.serve.ipynb #f66e71a7
 _CONVERTER = "convert_hf_to_gguf.py"
 _ASK = """\
 from openai import OpenAI
@@ -190,7 +191,7 @@ def _model_ways(folder, port):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #6561ead1
+# %% ../../nbs/75_export.serve.ipynb #cf7be15e
 def _holds_model(folder):
     "Whether a folder holds a whole model; raises `ModelError` if it holds none, and no adapter."
     if (folder / "adapter_config.json").is_file():
@@ -215,14 +216,21 @@ def how_to_serve(
         return Serving(folder, "a whole model", _model_ways(folder, port))
     return Serving(folder, "an adapter, to be put on its base model", _adapter_ways(folder))
 
-# %% ../../nbs/75_export.serve.ipynb #244095db
+# %% ../../nbs/75_export.serve.ipynb #feb067d1
 def _stops(folder, tokenizer):
     "Everything that ends a turn, as text."
     ids = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
         more = GenerationConfig.from_pretrained(str(folder)).eos_token_id
         ids += more if isinstance(more, list) else [more]
-    return [tokenizer.decode([number]) for number in dict.fromkeys(ids) if number is not None]
+    stops = [tokenizer.decode([number]) for number in dict.fromkeys(ids) if number is not None]
+    if odd := [stop for stop in stops if '"' in stop or not stop.isprintable()]:
+        raise ModelError(
+            "A mark at the end of a turn can't be written into a Modelfile.",
+            repr(odd[0]),
+            "Serve the model with transformers, vLLM or llama.cpp.",
+        )
+    return stops
 
 
 def write_modelfile(
