@@ -60,7 +60,7 @@ def _table(head, rows, rule="---"):
     rules = ["---", *[rule] * (len(head) - 1)]
     return "\n".join(map(line, [head, rules, *rows])) if rows else ""
 
-# %% ../../nbs/71_export.card.ipynb #d4545019
+# %% ../../nbs/71_export.card.ipynb #22c70dc8
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -134,7 +134,7 @@ def _loading(cfg):
         messages=[*messages, {"role": "user", "content": "Hello!"}],
     )
 
-
+# %% ../../nbs/71_export.card.ipynb #e5ccf7cd
 def _licence(model):
     "The licence of the base model, where its card is on this machine."
     if model.name == "builtin":
@@ -206,7 +206,7 @@ def _curve(history, count=8):
     lines = [(rows[i]["step"], show(rows[i], "loss"), show(rows[i], "eval_loss")) for i in chosen]
     return _table(("step", "training loss", "validation loss"), lines, "---:")
 
-
+# %% ../../nbs/71_export.card.ipynb #2af74806
 def _numbers(scores):
     "name -> score, of what metrics.json has of a test."
     found = scores | scores.get("means", {})
@@ -252,7 +252,7 @@ def _results(cfg, figures, data):
         EvalResult(metric_type=key, metric_value=round(value, 4), **of) for key, value in scores
     ]
 
-
+# %% ../../nbs/71_export.card.ipynb #73e6b334
 def write_card(
     adapter_dir: str | Path,  # from `save_model`
     cfg: RunConfig,  # as it was run
