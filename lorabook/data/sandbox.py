@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counted', 'sandbox', 'compile_bounded']
 
-# %% ../../nbs/19_data.sandbox.ipynb #b4ae3579
+# %% ../../nbs/19_data.sandbox.ipynb #408c7391
 import re
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from ..errors import SandboxError
 
-# %% ../../nbs/19_data.sandbox.ipynb #4effecfd
+# %% ../../nbs/19_data.sandbox.ipynb #4a22e1fb
 _STEPS = 1_000_000  # of a rendering
 _MORE = 50  # steps that come on top for each character of the conversation
 _FREE = 64  # characters that are copied in a step; fewer cost nothing
@@ -29,7 +29,7 @@ _LARGEST = 100_000_000  # characters: what is larger is not measured any further
 
 
 def _size(value):
-    "Characters in a value, and 16 for each thing in it; beyond `_LARGEST`, far more than that."
+    "Characters in a value, and 32 for each thing in it; beyond `_LARGEST`, far more than that."
     if type(value) is str:
         return len(value)
     total, stack = 0, [value]
@@ -44,7 +44,7 @@ def _size(value):
         elif isinstance(item, Namespace):
             stack.append(object.__getattribute__(item, "__dict__"))
         elif isinstance(item, Collection):
-            total += 16 * len(item)
+            total += 32 * len(item)
             if total <= _LARGEST and not isinstance(item, range):
                 stack += [*item.keys(), *item.values()] if isinstance(item, dict) else item
     return total if total <= _LARGEST else _LARGEST**2
@@ -83,7 +83,7 @@ def _metered(given=None):
     finally:
         _METER.reset(token)
 
-# %% ../../nbs/19_data.sandbox.ipynb #6706851f
+# %% ../../nbs/19_data.sandbox.ipynb #ec66a89b
 def _pay(values, twice=False):
     "Pay for an operation on values: for all of them, and for the product of the two largest."
     sizes = sorted(16 * abs(v) if isinstance(v, int) else _size(v) for v in values)
@@ -105,7 +105,8 @@ def _widths(text):
 def _pay_operator(operator, left, right):
     "Pay for an operator; numbers of up to 64 bits are free."
     if not (isinstance(left, (int, float)) and isinstance(right, (int, float))):
-        _pay([left, right, *(_widths(left) if operator == "%" else ())])
+        filled_in = right if isinstance(right, tuple) else [right]
+        _pay([left, *filled_in, *(_widths(left) if operator == "%" else ())])
     elif isinstance(left, int) and isinstance(right, int):
         words = [abs(v).bit_length() // 64 for v in (left, right)]
         if operator == "**":
@@ -113,10 +114,11 @@ def _pay_operator(operator, left, right):
         if any(words):
             _METER.get().spend(sum(words) + words[0] * words[1] // 100)
 
-# %% ../../nbs/19_data.sandbox.ipynb #7d1767a4
+# %% ../../nbs/19_data.sandbox.ipynb #57bd6016
 _FREE_FILTERS = "length count first last default d safe attr random".split()
 _LAZY_FILTERS = "list reverse select reject selectattr rejectattr map items".split()
 _GREEDY_FILTERS = "join sort sum unique min max groupby batch slice".split()
+_SLOW_FILTERS = "sum round title wordcount".split()
 _WEB_FILTERS = "filesizeformat pprint striptags truncate urlencode urlize wordwrap xmlattr".split()
 _TESTS = "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in lower upper".split()
 _NO_TEXT = {"encode", "to_bytes"}
@@ -140,7 +142,7 @@ def counted(
             return paid(*args[:first], list(values[0]), *args[first + 1 :], **kwargs)
         else:
             more = _widths(values[0]) if name == "format" else []
-            _pay(values + more, twice=name in ("sum", "round"))
+            _pay(values + more, twice=name in _SLOW_FILTERS)
         return function(*args, **kwargs)
 
     return paid
@@ -180,7 +182,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         _pay(values)
         return super().call(__context, __obj, *args, **kwargs)
 
-# %% ../../nbs/19_data.sandbox.ipynb #c99b03f6
+# %% ../../nbs/19_data.sandbox.ipynb #5ce1e503
 def _look(value):
     "A value that is about to be written, compared or joined."
     if not isinstance(value, str) or len(value) > _FREE:
@@ -296,8 +298,8 @@ class _Bounds(NodeTransformer):
             op.expr = _watched(op.expr)
         return node
 
-# %% ../../nbs/19_data.sandbox.ipynb #3c4fb9f5
-_LONGEST = 200_000  # characters of a template
+# %% ../../nbs/19_data.sandbox.ipynb #3d5705ce
+_LONGEST = 100_000  # characters of a template
 
 
 def sandbox() -> ImmutableSandboxedEnvironment:  # a new one
