@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
-from .export.check import base_fingerprint, check_adapter
-
 from .config import RunConfig, as_config, library_versions
 from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
 from .devices import fit
 from .errors import ConfigError, TrainingError
 from .export.card import write_card
+from .export.check import base_fingerprint, check_adapter
 from .export.save import save_model
 from .hardware import detect_hardware
 from .infer.evaluate import evaluate
