@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 
 from .config import RunConfig
-from .infer.evaluate import Scores, show_score
+from .infer.evaluate import Scores
+from .infer.statistics import show_score
 from .memory import MemoryLog
 from .pictures import table_html
 from .train.callbacks import HistoryCallback

@@ -154,7 +154,7 @@ TrainingView(session)
 ---
 def scores(answers):
     rows = [([{"role": t, "content": t}], t, Answer(a, False)) for t, a in zip(texts, answers)]
-    return Scores(len(texts), 1.0, 0.0, 0.0, answers=rows)
+    return Scores.from_answers(rows, [(1.0, 1)] * len(rows))
 
 ones = {k: None for k in ("history", "memory", "trainable", "seconds")}
 result = RunResult(NAME, scores(texts[::-1]), scores([t + NAME for t in texts]), config=cfg, **ones)

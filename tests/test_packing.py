@@ -14,7 +14,7 @@ from lorabook.config import LoraSettings, ModelSettings, RunConfig, TrainingSett
 from lorabook.data.batch import prepare_datasets
 from lorabook.data.pack import PackCollator, best_fit, check_packing, pack
 from lorabook.errors import ConfigError, DataError
-from lorabook.infer.evaluate import held_out_loss
+from lorabook.infer.heldout import held_out_loss
 from lorabook.model.adapter import setup_lora
 from lorabook.model.attention import use_varlen
 from lorabook.model.load import setup_model

@@ -16,8 +16,8 @@ from peft import PeftModel
 
 from ..errors import ModelError
 from ..infer.generate import chat
+from ..infer.marks import columns_html, message_html
 from ..pictures import text_html
-from .compare import columns_html, message_html
 from .views import View
 
 # %% ../../nbs/88_widgets.chat.ipynb #f38ee6b4
