@@ -18,7 +18,7 @@ from ..config import RunConfig, builtin_path
 from ..data.batch import DataReport
 from ..errors import ModelError
 from ..hardware import Hardware
-from ..infer.statistics import show_score
+from ..infer.statistics import show_interval, show_score
 from ..pictures import show_size
 
 # %% ../../nbs/71_export.card.ipynb #04e97826
@@ -218,9 +218,9 @@ def _scores(figures):
     tests = [figures.get("before", {}), figures.get("after", {})]
 
     def show(scores, name):
-        ends = scores.get("intervals", {}).get(name) or ()
+        ends = scores.get("intervals", {}).get(name)
         found = show_score(name, _numbers(scores)[name]) if name in _numbers(scores) else ""
-        return found + (f" ({' to '.join(show_score(name, end) for end in ends)})" if ends else "")
+        return found + (f" ({show_interval(name, ends)})" if ends else "")
 
     names = _numbers(tests[1])
     rows = [(n.replace("_", " "), *(show(scores, n) for scores in tests)) for n in names]
