@@ -19,7 +19,7 @@ from lorabook.infer.heldout import rows_in_train
 from lorabook.infer.statistics import difference_interval, luck
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
-from lorabook.testing import in_processes, sample_chats
+from lorabook.testing import in_processes
 from lorabook.train.trainer import create_trainer, get_history
 
 PLAIN = ModelSettings(quantization="none")
@@ -82,16 +82,23 @@ def test_a_learning_rate_a_hundred_times_as_high_is_broken(data, test, base, tmp
         assert repr(found.changes(1)[0].after[:20])[1:-1] in found.verdict
 
 
+def with_answers_of_others(rows):
+    "Conversations in which each answer belongs to another question."
+    messages = list(rows["messages"])
+    pairs = zip(messages, messages[1:] + messages[:1])
+    mixed = [[asked, answer] for (asked, _), (_, answer) in pairs]
+    return Dataset.from_dict({"messages": mixed}, features=rows.features)
+
+
 def test_twelve_rows_for_long_are_over_fitted(data, builtin, tmp_path):
-    "What is asked afterwards has nothing to do with what was learned."
-    few, others = data["train"].select(range(12)), sample_chats(16, turns=1)
-    unrelated = Dataset.from_dict({"messages": others})
-    *adapter, loss = train(few, tmp_path, 60, 2e-3)
-    ask = partial(evaluate, split=unrelated, max_new_tokens=40)
-    found = compare(ask(*builtin), ask(*adapter), loss)
-    assert loss < 0.1
-    assert found.kind == "over-fitted" and "knows its training rows" in found.verdict, found
-    assert compare(found.before, found.after).kind in ("worse", "broken")
+    "Only the form of the answers can be learned; all else is by heart."
+    few, unseen = (
+        with_answers_of_others(data[name].select(range(12))) for name in ("train", "test")
+    )
+    *adapter, loss = train(few, tmp_path, 60, 3e-3)
+    found = compare(evaluate(*builtin, unseen), evaluate(*adapter, unseen), loss)
+    assert found.kind == "over-fitted" and "by heart (loss 0.0" in found.verdict, found
+    assert compare(found.before, found.after).kind != "over-fitted"  # the test rows can't tell
 
 
 def test_two_processes_score_the_same(builtin, test):

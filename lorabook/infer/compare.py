@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Example', 'Comparison', 'compare']
 
-# %% ../../nbs/52_infer.compare.ipynb #6767fab3
+# %% ../../nbs/52_infer.compare.ipynb #9f518826
 import dataclasses
 import math
 from functools import cached_property
@@ -19,7 +19,7 @@ from .metrics import METRICS
 from .statistics import Measure
 from ..pictures import table_html, text_html, visible
 
-# %% ../../nbs/52_infer.compare.ipynb #9be84064
+# %% ../../nbs/52_infer.compare.ipynb #0ae36439
 def _decides(measures):
     "The name of the metric that the verdict goes by."
     own = [name for name in measures if name not in (*METRICS, "loss", "general_loss")]
@@ -32,10 +32,11 @@ def _kind(judge, loss, train_loss):
     jumped = loss.shown < 0 and loss.interval[0] > 1
     if not math.isfinite(loss.after) or (jumped and not learned):
         return "broken"
+    by_heart = learned and loss.after > max(0.25, 10 * train_loss)
+    if by_heart or (learned and judge.shown <= 0 and loss.shown <= 0):
+        return "over-fitted"
     if judge.shown > 0:
         return "better"
-    if learned and loss.shown <= 0:
-        return "over-fitted"
     return "worse" if judge.shown < 0 or loss.shown < 0 else "no difference shown"
 
 
@@ -44,8 +45,9 @@ _SENTENCES = {
     "To {prompt!r} it says {answer!r}. Most often the learning rate was too high.",
     "better": "Better: the {after} beats the {before} on {rows} unseen conversations: {judge}; "
     "{loss}.",
-    "over-fitted": "Over-fitted: the {after} knows its training rows (loss {train_loss:.3g}), and "
-    "is no better on unseen ones: {judge}; {loss}. Train on more rows, or for fewer steps.",
+    "over-fitted": "Over-fitted: the {after} knows its training rows by heart (loss "
+    "{train_loss:.3g}) and unseen ones far less: {judge}; {loss}. Train on more rows, or for "
+    "fewer steps.",
     "worse": "Worse: the {after} falls behind the {before} on {rows} unseen conversations: "
     "{judge}; {loss}.",
     "no difference shown": "No difference shown: on {rows} unseen conversations, the {after} and "
@@ -53,7 +55,7 @@ _SENTENCES = {
     "More test rows would tell.",
 }
 
-# %% ../../nbs/52_infer.compare.ipynb #194c55aa
+# %% ../../nbs/52_infer.compare.ipynb #d0411c02
 _PRICES = {
     "general_loss": "General ability was lost, as text shows that is not the task",
     "ended": "Fewer answers end by themselves",
@@ -67,12 +69,12 @@ def _warnings(measures, judge, kind, train_loss):
     fell = [m for m in measures.values() if m.shown < 0 and m.name not in told]
     said = [f"{_PRICES.get(m.name, 'Another measure fell')}: {m}." for m in fell]
     unseen = measures["loss"].after
-    if kind == "better" and train_loss is not None and train_loss < unseen / 2:
+    if kind == "better" and train_loss is not None and unseen > max(0.25, 2 * train_loss):
         known = f"their loss is {train_loss:.3g}, that of unseen ones {unseen:.3g}"
         said.append(f"The training rows are known partly by heart: {known}.")
     return said
 
-# %% ../../nbs/52_infer.compare.ipynb #ae29bb56
+# %% ../../nbs/52_infer.compare.ipynb #e5b14e27
 @dataclasses.dataclass(frozen=True)
 class Example:
     "A row that the two models answered differently."
@@ -203,7 +205,7 @@ def compare(
         left_out.append("no general text was given to both, so what was forgotten is not known")
     return Comparison(before, after, train_loss, tuple(names), measures, left_out)
 
-# %% ../../nbs/52_infer.compare.ipynb #08ae8065
+# %% ../../nbs/52_infer.compare.ipynb #12496fef
 def _refuse_others(before, after):
     "Stop unless both scores are of the same rows."
     asked = [[row[:2] for row in scores.answers] for scores in (before, after)]
@@ -221,7 +223,7 @@ def _refuse_others(before, after):
     todo = "Evaluate both models on the same split, with the same tokenizer and general text."
     raise DataError("These scores can't be compared.", found, todo)
 
-# %% ../../nbs/52_infer.compare.ipynb #84909d47
+# %% ../../nbs/52_infer.compare.ipynb #003218df
 def _examples_html(title, examples, names):
     "Examples, each with both answers beside the reference."
     parts = [f"<h4>{escape(title)}</h4><p>{LEGEND}</p>"]

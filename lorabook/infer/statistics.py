@@ -118,7 +118,7 @@ def luck(
         )
     return float(found.pvalue)
 
-# %% ../../nbs/49_infer.statistics.ipynb #512b5bd0
+# %% ../../nbs/49_infer.statistics.ipynb #8e3bdb10
 _LOSSES = "loss", "general_loss"  # lower is better
 
 
