@@ -7,18 +7,23 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+import torch
 from chat_templates import SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorabook.config import ModelSettings
 from lorabook.errors import TemplateError
+from lorabook.export.merge import merge_adapter
 from lorabook.export.ollama import Frame, ollama_template, write_go
+from lorabook.export.save import save_model
 from lorabook.export.serve import how_to_serve
 from lorabook.infer.generate import generate
-from lorabook.model.load import setup_tokenizer
+from lorabook.model.adapter import setup_lora
+from lorabook.model.load import setup_model, setup_tokenizer
 from lorabook.testing import render_go
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -83,13 +88,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def served(builtin, tmp_path_factory):
-    "A folder with a space in its name, served by the printed line; (folder, its ways)."
-    folder = tmp_path_factory.mktemp("served") / "a model"
-    model, tokenizer = builtin
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+@contextmanager
+def served(folder):
+    "Serve a model by the printed line; the ways to serve it, by name."
     port = free_port()
     ways = {way.name: way for way in how_to_serve(folder, port).ways}
     command = shlex.split(ways["transformers"].lines[0])
@@ -97,7 +98,7 @@ def served(builtin, tmp_path_factory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         try:
             wait_until_healthy(server, port)
-            yield folder, ways
+            yield ways
         finally:
             server.kill()
 
@@ -114,9 +115,20 @@ def wait_until_healthy(server, port):
     raise AssertionError("the server does not answer")
 
 
-def test_served(served, builtin, capsys):
-    "The server of transformers, started and asked as printed, answers as `generate` does."
-    _, ways = served
+def test_served(tmp_path, capsys):
+    "The server of transformers, started and asked as printed, answers as the adapter does."
+    model, tokenizer = setup_model(cfg=ModelSettings(quantization="none"))
+    model = setup_lora(model)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    adapter = save_model(model, tokenizer, tmp_path, "builtin")
+    merged = merge_adapter(adapter, tmp_path / "a model", dtype="float32", check=False)
     question = "My problem is knee pain. It has lasted 3 days. What is the symptom?"
-    exec("\n".join(ways["Ask one of them"].lines).replace("Hello", question), {})
-    assert capsys.readouterr().out.rstrip("\n") == generate(*builtin, [question])[0] != ""
+    (wanted,) = generate(model, tokenizer, [question], max_new_tokens=1024)
+    with model.disable_adapter():
+        assert wanted not in (generate(model, tokenizer, [question])[0], "")
+    with served(merged.folder) as ways:
+        exec("\n".join(ways["Ask one of them"].lines).replace("Hello", question), {})
+    assert capsys.readouterr().out.rstrip("\n") == wanted

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Serving', 'how_to_serve', 'write_modelfile']
 
-# %% ../../nbs/75_export.serve.ipynb #9bb472a7
+# %% ../../nbs/75_export.serve.ipynb #b8de7d11
 import dataclasses
 import re
 import shlex
@@ -22,7 +22,7 @@ from .ollama import ollama_template
 from ..model.load import setup_tokenizer
 from ..pictures import visible
 
-# %% ../../nbs/75_export.serve.ipynb #3ddf7c50
+# %% ../../nbs/75_export.serve.ipynb #760b3df8
 @dataclasses.dataclass
 class Way:
     "One way to serve a folder."
@@ -56,7 +56,7 @@ class Serving:
             parts.append(f"<pre><code>{lines}</code></pre>")
         return "".join(parts)
 
-# %% ../../nbs/75_export.serve.ipynb #731e0267
+# %% ../../nbs/75_export.serve.ipynb #5d6b778f
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PYTHON = """\
 from peft import PeftModel
@@ -133,7 +133,7 @@ def _adapter_ways(folder):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #f66e71a7
+# %% ../../nbs/75_export.serve.ipynb #c1194ffb
 _CONVERTER = "convert_hf_to_gguf.py"
 _ASK = """\
 from openai import OpenAI
@@ -191,7 +191,7 @@ def _model_ways(folder, port):
         ),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #cf7be15e
+# %% ../../nbs/75_export.serve.ipynb #ba1de8e0
 def _holds_model(folder):
     "Whether a folder holds a whole model; raises `ModelError` if it holds none, and no adapter."
     if (folder / "adapter_config.json").is_file():
@@ -216,7 +216,7 @@ def how_to_serve(
         return Serving(folder, "a whole model", _model_ways(folder, port))
     return Serving(folder, "an adapter, to be put on its base model", _adapter_ways(folder))
 
-# %% ../../nbs/75_export.serve.ipynb #feb067d1
+# %% ../../nbs/75_export.serve.ipynb #bb586c25
 def _stops(folder, tokenizer):
     "Everything that ends a turn, as text."
     ids = [tokenizer.eos_token_id]
