@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections.abc import Hashable
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -47,7 +48,9 @@ def nearest(
 def _faults(error, section, cls):
     "What pydantic found, as a list of `ConfigError`s, one for each key."
     faults, wrong, fields = [], {}, [f.name for f in dataclasses.fields(cls)]
-    for e in error.errors():
+    if error.error_count() > 50:
+        faults.append(ConfigError(f"{error.error_count()} values are wrong; here are 50."))
+    for e in error.errors()[:50]:
         own, name = e.get("ctx", {}).get("error"), str((e["loc"] or ("",))[0])
         key = f"{section}.{name}" if section else name
         if isinstance(own, ConfigError):
@@ -57,9 +60,10 @@ def _faults(error, section, cls):
             inside = [f"{home}.{name}" for home, kind in homes if name in kind.__dataclass_fields__]
             hint = f" Did you mean `{inside[0]}`?" if inside else nearest(name, fields)
             todo = f"Use one of: {', '.join(fields)}.{hint}"
-            faults.append(ConfigError(f"Unknown key `{key}`.", f"{name}: {e['input']!r}", todo))
+            found = f"{name}: {e['input']!r:.500}"
+            faults.append(ConfigError(f"Unknown key `{key}`.", found, todo))
         else:
-            wrong.setdefault((key, repr(e["input"]), type(e["input"]).__name__), []).append(
+            wrong.setdefault((key, f"{e['input']!r:.500}", type(e["input"]).__name__), []).append(
                 e["msg"]
             )
     return faults + [
@@ -112,7 +116,7 @@ def _settings(section=None, extra="forbid"):
     return decorate
 
 # %% ../nbs/01_config.ipynb #1cf73e43
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 
@@ -133,7 +137,7 @@ class ModelSettings:
     "Which base model, and how to load it."
 
     name: str = "builtin"  # `builtin`, a local folder, or a hub id
-    max_length: Annotated[int, Field(ge=8)] = 512  # longest row, tokens
+    max_length: Annotated[int, Field(ge=8, lt=2**31)] = 512  # longest row, tokens
     quantization: Literal["auto", "nf4", "int8", "none"] = (
         "auto"  # auto: nf4 where bitsandbytes serves, else none
     )
@@ -207,6 +211,7 @@ class LoraSettings:
 _OURS = {
     "output_dir": "Use `output_dir`, outside the sections.",
     "seed": "Use `seed`, outside the sections.",
+    "hub_token": "Log in with `hf auth login`: a token in a file is read by others.",
     "per_device_train_batch_size": "Use `training.batch_size`.",
     **dict.fromkeys(
         ("label_names", "remove_unused_columns", "prediction_loss_only"),
@@ -230,7 +235,7 @@ def _passed_through_faults(values):
         if field.init and field.name not in _OURS
     ]
     for name, value in extra.items():
-        found = f"{name}: {value!r}"
+        found = f"{name}: {'***' if name == 'hub_token' else repr(value)}"
         if name in _OURS:
             faults.append(ConfigError(f"`training.{name}` can't be set.", found, _OURS[name]))
         elif name not in names:
@@ -328,17 +333,47 @@ class TrainingSettings:
 
 # %% ../nbs/01_config.ipynb #68391635
 class _Loader(yaml.SafeLoader):
-    "A safe loader with YAML 1.2 floats, and no duplicate keys."
+    "A safe loader with YAML 1.2 floats, no duplicate keys and no aliases."
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in filter(lambda key: isinstance(key, Hashable), keys):
+            if key in seen:
                 below = f"line {node.start_mark.line + 1} and below"
                 raise ConfigError(
                     f"The key `{key}` stands twice in the YAML.", below, "Delete one."
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise ConfigError(
+                "The YAML repeats a part by an alias.",
+                f"*{alias.anchor}, line {alias.start_mark.line + 1}",
+                "Write the part out where it is used.",
+            )
+        return super().compose_node(parent, index)
+
+
+def _whole_number(loader, node):
+    value = loader.construct_yaml_int(node)
+    if abs(value) >= 2**63:
+        line = f"line {node.start_mark.line + 1}"
+        raise ConfigError("A number in the YAML is too large.", line, "Write a smaller one.")
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    "A safe dumper that writes out what is used twice."
+
+    def ignore_aliases(self, data):
+        return True
 
 
 _Loader.add_implicit_resolver(
@@ -348,10 +383,27 @@ _Loader.add_implicit_resolver(
 )
 
 
+_LONGEST = 200_000  # characters of a config; a usual one has some hundred
+
+
 def _read_yaml(text, where):
     "Parse YAML into plain objects."
+    if len(text) > _LONGEST:
+        raise ConfigError(
+            f"{where} is too long for a config.",
+            f"more than {_LONGEST:,} characters",
+            "Give the path of a YAML file with settings.",
+        )
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # nosec B506: the loader is derived from the safe one
+    except ConfigError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(
+            f"{where} holds a value that is too large, too deep, or no date.",
+            f"{error!s:.200}",
+            "Write plain numbers and texts; a date goes into quotation marks.",
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = str(getattr(error, "problem", None) or error)
@@ -418,8 +470,9 @@ class RunConfig:
     ) -> "RunConfig":  # raises `ConfigError`
         "Read a config."
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(_LONGEST + 1)
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"The config {path} can't be read.", error, "Give the path of a YAML file."
             ) from None
@@ -483,9 +536,9 @@ class RunConfig:
     ) -> str:  # YAML that `from_yaml` reads back to an equal config
         "Write the config."
         values = self.to_dict()
-        dump = functools.partial(yaml.safe_dump, values, sort_keys=False, width=120)
+        dump = functools.partial(yaml.dump, values, Dumper=_Dumper, sort_keys=False, width=120)
         text = dump(allow_unicode=True)
-        if yaml.load(text, _Loader) != values:
+        if yaml.load(text, _Loader) != values:  # nosec B506: derived from the safe loader
             text = dump(allow_unicode=False)  # rare separators
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")

@@ -6,9 +6,11 @@
 __all__ = ['read_rows']
 
 # %% ../../nbs/26_data.files.ipynb #ee81910e
+import collections
 import csv
 import itertools
 import json
+import os.path
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,13 +26,23 @@ def _load_json(text):
     "JSON, in which a key that stands twice is an error."
 
     def once(pairs):
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise json.JSONDecodeError(f"the key {twice!r} stands twice", text, 0)
+        values = {}
+        for key, value in pairs:
+            if key in values:
+                raise json.JSONDecodeError(f"the key {key!r} stands twice", text, 0)
+            values[key] = value
         return values
 
     return json.loads(text, object_pairs_hook=once)
+
+
+def _too_large(place, error):
+    "The error for JSON that Python won't read."
+    return DataError(
+        f"{place} holds a number that is too large, or is nested too deeply.",
+        f"{error!s:.100}",
+        "Write such a number as text; of the rest, delete what is not needed.",
+    )
 
 
 def _load_line(line, place):
@@ -42,6 +54,8 @@ def _load_line(line, place):
             f"{error.msg}, column {error.colno}: {line:.60}",
             "Write one JSON object on each line.",
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise _too_large(place, error) from None
 
 
 def _read_jsonl(path, problems):
@@ -62,6 +76,10 @@ def _read_json(path, problems):
             f"{error.msg}, line {error.lineno}",
             "Write a list of objects; for one object on each line, name the file .jsonl.",
         ) from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _too_large(path.name, error) from None
     if not isinstance(rows, list):
         raise DataError(
             f"{path.name} doesn't hold a list.", type(rows).__name__, "Write a list of objects."
@@ -84,11 +102,11 @@ def _read_csv(path, problems):
     with path.open(encoding="utf-8-sig", newline="") as lines:
         csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(lines, strict=True)
-        columns = list(reader.fieldnames or [])
-        if twice := [name for name in columns if columns.count(name) > 1]:
+        columns = collections.Counter(reader.fieldnames or [])
+        if twice := [name for name, count in columns.items() if count > 1]:
             raise DataError(
                 f"{path.name} has two columns with one name.",
-                f"`{twice[0]}`",
+                f"`{twice[0]:.100}`",
                 "Rename one of them.",
             )
         for row in _rows_of(reader, path):
@@ -103,14 +121,31 @@ def _read_csv(path, problems):
                 yield place, row
 
 # %% ../../nbs/26_data.files.ipynb #d6cda2f4
+def _refuse_bomb(metadata, path):
+    "A file that is small on the disk and huge in memory."
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > max(2**28, 200 * path.stat().st_size):
+        raise DataError(
+            f"{path.name} would be unpacked to far more than it holds.",
+            f"{path.stat().st_size:,} bytes, and {largest:,} in memory",
+            "Write the file again, in smaller row groups.",
+        )
+
+
 def _read_parquet(path, problems):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _refuse_bomb(file.metadata, path)
             rows = itertools.chain.from_iterable(b.to_pylist() for b in file.iter_batches(1000))
             yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
-    except (OSError, pyarrow.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{path.name} is damaged, or no Parquet file.", error, "Write the file again."
+            f"{path.name} is damaged, or no Parquet file.",
+            f"{error!s:.300}",
+            "Write the file again.",
         ) from None
 
 
@@ -125,14 +160,16 @@ _READERS = {
 def _is_hub_id(source):
     "`owner/name` that is no path here."
     return (
-        source.count("/") == 1 and Path(source).suffix not in _READERS and not Path(source).exists()
+        source.count("/") == 1
+        and Path(source).suffix not in _READERS
+        and not os.path.exists(source)
     )
 
 
 def _read_hub(source):
-    "Rows of the train split of a dataset on the hub."
+    "Rows of the train split of a dataset on the hub; the library runs no code that comes with it."
     try:
-        rows = load_dataset(source, split="train")
+        rows = load_dataset(source, split="train")  # nosec B615: the newest, as the name says
     except Exception as error:
         raise DataError(
             f"The dataset {source!r} can't be loaded from the hub.",
@@ -161,10 +198,10 @@ def _read(source, key, problems):
         yield from _read_hub(source)
         return
     path = Path(builtin_path("data") if source == "builtin" else source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(
-            f"The data file {source!r} doesn't exist.",
-            f"looked in {path.parent.resolve()}",
+            f"The data file {source!r:.300} doesn't exist.",
+            f"looked in {os.path.abspath(path.parent)!s:.300}",
             f"Check `data.{key}`; a hub dataset is written `owner/name`.",
         )
     if path.suffix not in _READERS:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counted', 'sandbox', 'compile_bounded']
 
-# %% ../../nbs/19_data.sandbox.ipynb #408c7391
+# %% ../../nbs/19_data.sandbox.ipynb #1dfe3eff
 import re
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from ..errors import SandboxError
 
-# %% ../../nbs/19_data.sandbox.ipynb #4a22e1fb
+# %% ../../nbs/19_data.sandbox.ipynb #ea353b3f
 _STEPS = 1_000_000  # of a rendering
 _MORE = 50  # steps that come on top for each character of the conversation
 _FREE = 64  # characters that are copied in a step; fewer cost nothing
@@ -83,7 +83,7 @@ def _metered(given=None):
     finally:
         _METER.reset(token)
 
-# %% ../../nbs/19_data.sandbox.ipynb #ec66a89b
+# %% ../../nbs/19_data.sandbox.ipynb #2e119138
 def _pay(values, twice=False):
     "Pay for an operation on values: for all of them, and for the product of the two largest."
     sizes = sorted(16 * abs(v) if isinstance(v, int) else _size(v) for v in values)
@@ -114,7 +114,7 @@ def _pay_operator(operator, left, right):
         if any(words):
             _METER.get().spend(sum(words) + words[0] * words[1] // 100)
 
-# %% ../../nbs/19_data.sandbox.ipynb #57bd6016
+# %% ../../nbs/19_data.sandbox.ipynb #20ab9ea7
 _FREE_FILTERS = "length count first last default d safe attr random".split()
 _LAZY_FILTERS = "list reverse select reject selectattr rejectattr map items".split()
 _GREEDY_FILTERS = "join sort sum unique min max groupby batch slice".split()
@@ -182,7 +182,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         _pay(values)
         return super().call(__context, __obj, *args, **kwargs)
 
-# %% ../../nbs/19_data.sandbox.ipynb #5ce1e503
+# %% ../../nbs/19_data.sandbox.ipynb #2a98ccab
 def _look(value):
     "A value that is about to be written, compared or joined."
     if not isinstance(value, str) or len(value) > _FREE:
@@ -298,7 +298,7 @@ class _Bounds(NodeTransformer):
             op.expr = _watched(op.expr)
         return node
 
-# %% ../../nbs/19_data.sandbox.ipynb #3d5705ce
+# %% ../../nbs/19_data.sandbox.ipynb #4274d06a
 _LONGEST = 100_000  # characters of a template
 
 

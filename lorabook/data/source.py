@@ -43,7 +43,7 @@ class _ExactJson(Json):
 
 _FEATURES = Features({"messages": List(_ExactJson()), "tools": _ExactJson()})
 _FOLDER = tempfile.TemporaryDirectory(prefix="lorabook-data-", ignore_cleanup_errors=True)
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _encode_sorted = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
@@ -122,7 +122,15 @@ class _Source:
     def _conversation(self, row, place):
         "The messages and the tools of a row; the first good row decides on the shape of all."
         shape = self.shape or recognise(row, place)
-        messages, tools = to_messages(row, shape, place), to_tools(row, place)
+        try:
+            messages, tools = to_messages(row, shape, place), to_tools(row, place)
+            _has_null(row)  # as deep as anything will look
+        except RecursionError:
+            raise DataError(
+                f"{place} is nested too deeply.",
+                "hundreds of lists or objects inside each other",
+                "Write the inner part as text, or delete the row.",
+            ) from None
         self.shape = shape
         if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
@@ -281,7 +289,7 @@ def load_and_prepare_data(
     read = {
         name: _read_conversations(file, f"{name}_file", cfg.system_prompt, problems)
         for name, file in files.items()
-        if file
+        if file or name == "train"
     }
     data = concatenate_datasets([rows for rows, _, _ in read.values()])
     if not any(has_tools for _, _, has_tools in read.values()):

@@ -6,8 +6,11 @@
 __all__ = ['load_failed', 'choose_pad_token', 'setup_tokenizer', 'load_config', 'setup_model']
 
 # %% ../../nbs/20_model.load.ipynb #3d5c6023
+import json
 import os
+import re
 import warnings
+from pathlib import Path
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -73,9 +76,16 @@ def load_failed(
             first[:200],
             "Read that code; if you trust it, set `model.trust_remote_code: true`.",
         )
+    if "no file named model.safetensors" in str(error):
+        return ModelError(
+            f"The model {name!r} has no weights in the safetensors format.",
+            f"{error!s:.500}",
+            "Take a copy that has some: other files (.bin, .pt) may run code when they are read, so "
+            "lorabook doesn't open them.",
+        )
     return ModelError(
         f"The model {name!r} can't be loaded.",
-        f"{type(error).__name__}: {error}",
+        f"{type(error).__name__}: {error!s:.1000}",
         "Check that it is a complete causal language model that the installed transformers knows.",
     )
 
@@ -160,6 +170,24 @@ def _check_vocabulary(config, tokenizer, name):
             f"{needed} tokens, {rows} rows of the embedding",
             "Use the model's own tokenizer, or resize the embeddings and save both to a folder.",
         )
+
+
+def _check_shards(path, name, revision):
+    "Refuse a list of weight files that names others than safetensors beside it."
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    there = dict(revision=revision, _raise_exceptions_for_missing_entries=False)
+    listed = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **there)
+    if listed is None:
+        return
+    shards = set(json.loads(Path(listed).read_text(encoding="utf-8"))["weight_map"].values())
+    for shard in map(str, shards):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ModelError(
+                f"The list of weight files of {name!r} names one that is not opened.",
+                f"{shard!r:.200}",
+                "Take another copy of the model: its weights are .safetensors files in its folder.",
+            )
 
 
 def _check_weights(info, name):
@@ -250,7 +278,10 @@ def setup_model(
         options["quantization_config"] = _quantization_config(kind, dtype)
     options |= dict(use_safetensors=True, output_loading_info=True)
     try:
+        _check_shards(path, name, cfg.revision)
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except ModelError:
+        raise
     except Exception as error:
         raise load_failed(name, error) from error
     _check_weights(info, name)

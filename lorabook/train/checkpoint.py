@@ -203,10 +203,10 @@ def _lock(folder):
             folder,
             "Wait for it, stop it, or give another `output_dir`.",
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ConfigError(
             "`output_dir` can't be written to.",
-            f"{folder}: {error}",
+            f"{str(folder)!r:.300}: {error!s:.300}",
             "Give a folder that you may write to.",
         ) from error
 
