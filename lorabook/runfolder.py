@@ -98,6 +98,16 @@ def _scores(scored):
     return {name: float(value) for name, value in numbers.items()}, ends
 
 
+def _add_figures(record, figures):
+    "Fill in what metrics.json says."
+    record.steps, record.memory = int(figures["steps"]), float(figures["peak_memory_bytes"])
+    record.seconds = float(sum(figures["seconds"].values()))
+    record.before = _scores(figures.get("before", {}))[0]
+    record.after, record.intervals = _scores(figures.get("after", {}))
+    compared = figures.get("comparison", {})
+    record.verdict, record.decides = (str(compared.get(k, "")) for k in ("kind", "decides"))
+
+
 _ODD = TypeError, ValueError, AttributeError, KeyError, OverflowError
 
 
@@ -121,13 +131,7 @@ def read_run(
             record.config, record.began = RunConfig.from_yaml(config), config.stat().st_mtime
         record.steps, record.curve = _read_log(folder)
         if figures:
-            record.steps, record.memory = int(figures["steps"]), float(figures["peak_memory_bytes"])
-            record.seconds = float(sum(figures["seconds"].values()))
-            record.before = _scores(figures.get("before", {}))[0]
-            record.after, record.intervals = _scores(figures.get("after", {}))
-            compared = figures.get("comparison", {})
-            record.verdict = str(compared.get("kind", ""))
-            record.decides = str(compared.get("decides", ""))
+            _add_figures(record, figures)
         return record
     except ConfigError as error:
         found = " ".join(str(error).split())

@@ -242,15 +242,21 @@ def _limits(figures, report):
             yield f"The longest conversation that was trained has {split.lengths[100]:,} tokens."
 
 
-def _results(cfg, figures, data):
-    "The scores as the hub has them."
-    source = cfg.data.test_file or data
+def _head(title, cfg, figures):
+    "What the hub reads: names that it knows, and the scores."
+    source = cfg.data.test_file or cfg.data.train_file
     name = dict(dataset_type=_hub_id(source) or "local", dataset_name=f"{_short(source)}, test")
     of = dict(task_type="text-generation", dataset_split="test", **name)
     scores = _numbers(figures.get("after", {})).items()
-    return [
-        EvalResult(metric_type=key, metric_value=round(value, 4), **of) for key, value in scores
-    ]
+    results = [EvalResult(metric_type=key, metric_value=round(n, 4), **of) for key, n in scores]
+    return ModelCardData(
+        base_model=_hub_id(cfg.model.name),
+        datasets=_hub_id(cfg.data.train_file),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "lorabook"],
+        **(dict(eval_results=results, model_name=title) if results else {}),
+    )
 
 # %% ../../nbs/71_export.card.ipynb #73e6b334
 def write_card(
@@ -263,25 +269,16 @@ def write_card(
     report: DataReport | None = None,  # of `prepare_datasets`, of what was trained
 ) -> ModelCard:  # that was written as README.md, in place of an older one; raises `ModelError`
     "Write what is known of an adapter into its folder."
-    folder, name, data = Path(adapter_dir), cfg.model.name, cfg.data.train_file
+    folder, name = Path(adapter_dir), cfg.model.name
     if not (folder / "adapter_config.json").exists():
         raise ModelError(
             "There is no adapter to describe.",
             f"no adapter_config.json in {folder}",
             "Give the folder that `save_model` returned.",
         )
-    results = _results(cfg, figures, data)
-    head = ModelCardData(
-        base_model=_hub_id(name),
-        datasets=_hub_id(data),
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "lorabook"],
-        **(dict(eval_results=results, model_name=folder.resolve().name) if results else {}),
-    )
     rows = [row for row in _training(cfg, figures, history or [], hardware) if row[1] is not None]
     card = ModelCard.from_template(
-        head,
+        _head(folder.resolve().name, cfg, figures),
         template_str=_TEMPLATE,
         title=_code(folder.resolve().name),
         model=name,
