@@ -101,8 +101,8 @@ def _check_same(cfg, began):
 def _begin_output(cfg, resume):
     "Write the config; clear what an earlier, finished run left, now that this one can train."
     folder = Path(cfg.output_dir)
-    for checkpoint in () if resume else folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for of_another in () if resume else (*folder.glob("checkpoint-*"), *folder.glob("runs")):
+        shutil.rmtree(of_another)
     for name in ("metrics.json", "end.json"):
         Path(folder, name).unlink(missing_ok=True)
     cfg.to_yaml(folder / "run.yaml")
@@ -213,7 +213,7 @@ class Run:
         result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks)
         from_first(lambda: _write_metrics(result))
         card = self.cfg, result.to_dict(), self.raw, self.history.rows, detect_hardware()
-        from_first(lambda: write_card(adapter_dir, *card))
+        from_first(lambda: write_card(adapter_dir, *card, self.data.report))
         print(f"\n{result}")
         return result
 
