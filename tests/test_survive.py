@@ -23,6 +23,7 @@ from lorabook.errors import ConfigError, HardwareError, TrainingError, TrainingS
 from lorabook.model.adapter import setup_lora
 from lorabook.model.load import setup_model
 from lorabook.run import run_training
+from lorabook.runfolder import read_run
 from lorabook.train.callbacks import SaveBestCallback, StopCallback
 from lorabook.train.checkpoint import only_run
 from lorabook.train.loop import train_loop
@@ -222,7 +223,9 @@ def test_time_is_over(rows, tmp_path):
     assert "checkpoint-1" in str(stopped.value) and "resume_from_checkpoint=True" in str(
         stopped.value
     )
+    assert read_run(tmp_path / "run").state == "stopped"
     assert run_training(cfg, resume_from_checkpoint=True).to_dict()["steps"] == 16
+    assert read_run(tmp_path / "run").state == "finished"
 
 
 def test_second_run_into_the_same_folder(rows, zygote, tmp_path):
