@@ -9,13 +9,15 @@ __all__ = ['base_fingerprint', 'AdapterCheck', 'check_adapter']
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from ..data.chat import encode_chat
-from ..data.template import fit_content
+from ..data.template import fit_content, render
+from ..errors import noted
 from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
 from ..model.load import setup_tokenizer
 from ..pictures import table_html
@@ -87,11 +89,32 @@ def _reloaded(info, weights, model, rows):
 
 def _begins_alike(tokenizer, messages, tools, row):
     "Whether the text that is trained begins with what the model is given when it is used."
-    messages = fit_content(tokenizer.get_chat_template(tools=tools), messages)
+    template = tokenizer.get_chat_template(tools=tools)
+    messages = fit_content(template, messages)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    options = dict(tools=tools, add_generation_prompt=True, return_dict=True)
-    prompt = tokenizer.apply_chat_template(messages[:last], **options)["input_ids"]
-    return row["input_ids"][: len(prompt)] == prompt
+    names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    prompt = render(template, messages[:last], tools, add_generation_prompt=True, **names)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return row["input_ids"][: len(ids)] == ids
+
+
+def _encode(tokenizer, rows):
+    "(encoded, begins alike) of the first rows and one more; and errors of what is refused."
+    encoded, lost = [], []
+    for row in (*itertools.islice(rows, 31), {"messages": _CHAT}):
+        with noted(lost):
+            chat = row["messages"], row.get("tools")
+            tokens = encode_chat(chat[0], tokenizer, chat[1])
+            encoded.append((tokens, _begins_alike(tokenizer, *chat, tokens)))
+    return encoded, lost
+
+
+def _tokenizer(info, model, tokenizer):
+    "The tokenizer that the folder gives to those who load it."
+    if model is not None and tokenizer is not None:
+        return own_tokenizer(info, model, tokenizer)
+    there = (info.folder / "tokenizer_config.json").is_file()
+    return setup_tokenizer(str(info.folder)) if there else tokenizer or setup_tokenizer(info.base)
 
 # %% ../../nbs/74_export.check.ipynb #37be28fd
 @dataclasses.dataclass
@@ -125,24 +148,23 @@ def check_adapter(
     adapter_dir: str | Path,  # from `save_model`
     model=None,  # the one that was saved; None: what needs it is not checked
     tokenizer=None,  # of the model; None: that of the folder is not compared
-    rows: list | None = None,  # with `messages`, of the training or the test; None: one made up
+    rows: list
+    | None = None,  # with `messages`, of the training or the test; None: only one made up
     fingerprint: str | None = None,  # `base_fingerprint` before the training; None: not checked
 ) -> AdapterCheck:  # raises `ModelError` for a folder that can't be read
     "Check a saved adapter against the model in memory, before that is gone."
     info = read_adapter(adapter_dir)
-    weights, own = read_weights(info), tokenizer
-    if model is not None and tokenizer is not None:
-        own = own_tokenizer(info, model, tokenizer)
-    elif (info.folder / "tokenizer_config.json").is_file():
-        own = setup_tokenizer(str(info.folder))
-    chats = [(row["messages"], row.get("tools")) for row in rows or [{"messages": _CHAT}]][:32]
-    encoded = [encode_chat(messages, own, tools) for messages, tools in chats]
-    alike = [_begins_alike(own, *chat, row) for chat, row in zip(chats, encoded)]
+    weights, own = read_weights(info), _tokenizer(info, model, tokenizer)
+    encoded, lost = _encode(own, rows or [])
+    alike = [same for _, same in encoded]
     found = [("layers that have moved", *_moved(info, weights))]
     found.append(
-        ("greatest difference of a logit, reloaded", *_reloaded(info, weights, model, encoded))
+        (
+            "greatest difference of a logit, reloaded",
+            *_reloaded(info, weights, model, [row for row, _ in encoded]),
+        )
     )
-    said = f"{sum(alike)} of {len(alike)}"
+    said = f"{sum(alike)} of {len(alike)}" + f"; {len(lost)} refused by the template" * bool(lost)
     found.append(("rows that begin with the generation prompt", said, all(alike)))
     if tokenizer is not None:
         same = own.chat_template == tokenizer.chat_template

@@ -159,6 +159,25 @@ def _not_sent(repo_id, error):
     return ModelError(f"It can't be sent to {repo_id}.", found, todo)
 
 
+def _check_names(folder, repo_id):
+    "There has to be something to send, and a name for it."
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        todo = "Give the folder of an adapter or a merged model."
+        raise ModelError(f"{folder} holds no adapter and no model.", "no config in it", todo)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ModelError("This is no name on the hub.", error, "Write `owner/name`.") from None
+
+
+def _check_hub(repo_id):
+    "The hub must be there, and know who sends."
+    if is_offline_mode() or not get_token():
+        found = "HF_HUB_OFFLINE is set" if is_offline_mode() else "you are not logged in"
+        todo = "Unset it." if is_offline_mode() else "Log in with `hf auth login`."
+        raise ModelError(f"It can't be sent to {repo_id}.", found, todo)
+
+
 def push_adapter(
     folder: str | Path,  # an adapter's, from `save_model`, or a model's, from `merge_adapter`
     repo_id: str,  # owner/name on the hub; it is made if it isn't there
@@ -167,13 +186,7 @@ def push_adapter(
 ) -> Upload:  # raises `ModelError`
     "Show what would be sent to the hub, or send it."
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        todo = "Give the folder of an adapter or a merged model."
-        raise ModelError(f"{folder} holds no adapter and no model.", "no config in it", todo)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ModelError("This is no name on the hub.", error, "Write `owner/name`.") from None
+    _check_names(folder, repo_id)
     inside = {path.name: _stays(path) for path in sorted(folder.iterdir())}
     files = {name: (folder / name).stat().st_size for name, why in inside.items() if why is None}
     left_out = {name: why for name, why in inside.items() if why}
@@ -182,10 +195,7 @@ def push_adapter(
     upload = Upload(repo_id, private, files, left_out, notes)
     if dry_run:
         return upload
-    if is_offline_mode() or not get_token():
-        found = "HF_HUB_OFFLINE is set" if is_offline_mode() else "you are not logged in"
-        todo = "Unset it." if is_offline_mode() else "Log in with `hf auth login`."
-        raise ModelError(f"It can't be sent to {repo_id}.", found, todo)
+    _check_hub(repo_id)
     try:
         upload.url = _send(upload, folder)
     except (HTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
