@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runs', 'list_runs', 'RunComparison', 'compare_runs']
 
-# %% ../nbs/77_records.ipynb #5c76604d
+# %% ../nbs/77_records.ipynb #dda8632b
 import dataclasses
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from .errors import LorabookError
 from .pictures import figure_html, table_html, visible
 from .runfolder import RunRecord, read_run
 
-# %% ../nbs/77_records.ipynb #b5c11bda
+# %% ../nbs/77_records.ipynb #52bfa275
 def _flat(record):
     "Settings by their full names, but for where the run is."
     values = record.config.to_dict() if record.config else {}
@@ -32,6 +32,17 @@ def _settings(records):
     differ = [name for name in names if any(one.get(name) != known[0].get(name) for one in known)]
     shown = lambda one, name: visible(show_value(one[name]), 60) if name in one else ""
     return {name: [shown(one, name) for one in flat] for name in differ}
+
+
+def _own(records):
+    "Of each run, the settings that are neither those of all runs nor the usual ones."
+    usual, differ, found = _flat(RunRecord(Path(), "", config=RunConfig())), _settings(records), []
+    for i, record in enumerate(records):
+        own = [name for name in differ if _flat(record).get(name) != usual.get(name)]
+        words = [f"{name.rpartition('.')[2]}={differ[name][i]}" for name in own if differ[name][i]]
+        more = f", and {len(words) - 4} more" if len(words) > 4 else ""
+        found.append(", ".join(words[:4]) + more)
+    return found
 
 
 def _show(name, value):
@@ -56,7 +67,7 @@ def _cells(record):
         "memory": f"{record.memory / 1e9:.2f} GB" if record.memory else "",
     }
 
-
+# %% ../nbs/77_records.ipynb #4c137190
 def _text(head, rows):
     "A table for a terminal."
     rows = [[visible(cell) for cell in row] for row in [head, *rows]]
@@ -107,17 +118,6 @@ class Runs:
         return table_html(head, rows) + notes * bool(alike or self.faults)
 
 
-def _own(records):
-    "Of each run, the settings that are neither those of all runs nor the usual ones."
-    usual, differ, found = _flat(RunRecord(Path(), "", config=RunConfig())), _settings(records), []
-    for i, record in enumerate(records):
-        own = [name for name in differ if _flat(record).get(name) != usual.get(name)]
-        words = [f"{name.rpartition('.')[2]}={differ[name][i]}" for name in own if differ[name][i]]
-        more = f", and {len(words) - 4} more" if len(words) > 4 else ""
-        found.append(", ".join(words[:4]) + more)
-    return found
-
-
 def _folders(folder):
     "Those inside that are no links."
     return [path for path in sorted(folder.glob("*/")) if not path.is_symlink()]
@@ -141,7 +141,7 @@ def list_runs(
     records.sort(key=lambda record: record.began or time.time())
     return Runs(folder, records, faults)
 
-# %% ../nbs/77_records.ipynb #71a0bb1f
+# %% ../nbs/77_records.ipynb #b11a7bcd
 _TEST_ROWS = ("data.train_file", "data.test_file", "data.validation_file", "data.split", "seed")
 
 

@@ -18,7 +18,7 @@ from ..config import RunConfig, builtin_path
 from ..data.batch import DataReport
 from ..errors import ModelError
 from ..hardware import Hardware
-from ..infer.statistics import show_score
+from ..infer.statistics import show_interval, show_score
 from ..pictures import show_size
 
 # %% ../../nbs/71_export.card.ipynb #04e97826
@@ -60,7 +60,7 @@ def _table(head, rows, rule="---"):
     rules = ["---", *[rule] * (len(head) - 1)]
     return "\n".join(map(line, [head, rules, *rows])) if rows else ""
 
-# %% ../../nbs/71_export.card.ipynb #d4545019
+# %% ../../nbs/71_export.card.ipynb #22c70dc8
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -134,7 +134,7 @@ def _loading(cfg):
         messages=[*messages, {"role": "user", "content": "Hello!"}],
     )
 
-
+# %% ../../nbs/71_export.card.ipynb #e5ccf7cd
 def _licence(model):
     "The licence of the base model, where its card is on this machine."
     if model.name == "builtin":
@@ -206,7 +206,7 @@ def _curve(history, count=8):
     lines = [(rows[i]["step"], show(rows[i], "loss"), show(rows[i], "eval_loss")) for i in chosen]
     return _table(("step", "training loss", "validation loss"), lines, "---:")
 
-
+# %% ../../nbs/71_export.card.ipynb #2af74806
 def _numbers(scores):
     "name -> score, of what metrics.json has of a test."
     found = scores | scores.get("means", {})
@@ -218,9 +218,9 @@ def _scores(figures):
     tests = [figures.get("before", {}), figures.get("after", {})]
 
     def show(scores, name):
-        ends = scores.get("intervals", {}).get(name) or ()
+        ends = scores.get("intervals", {}).get(name)
         found = show_score(name, _numbers(scores)[name]) if name in _numbers(scores) else ""
-        return found + (f" ({' to '.join(show_score(name, end) for end in ends)})" if ends else "")
+        return found + (f" ({show_interval(name, ends)})" if ends else "")
 
     names = _numbers(tests[1])
     rows = [(n.replace("_", " "), *(show(scores, n) for scores in tests)) for n in names]
@@ -252,7 +252,7 @@ def _results(cfg, figures, data):
         EvalResult(metric_type=key, metric_value=round(value, 4), **of) for key, value in scores
     ]
 
-
+# %% ../../nbs/71_export.card.ipynb #73e6b334
 def write_card(
     adapter_dir: str | Path,  # from `save_model`
     cfg: RunConfig,  # as it was run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scores', 'evaluate', 'Slices', 'slices']
 
-# %% ../../nbs/51_infer.evaluate.ipynb #33cab8f5
+# %% ../../nbs/51_infer.evaluate.ipynb #bd3fd3ac
 import dataclasses
 import math
 from functools import cached_property
@@ -16,19 +16,13 @@ import numpy as np
 from ..data.template import text_of
 from ..errors import DataError
 from .generate import Answer, generate
-from lorabook.infer.heldout import (
-    encoded_losses,
-    longest_input,
-    mean_loss,
-    rows_to_test,
-    text_losses,
-)
+from .heldout import longest_input, losses_of, mean_loss, rows_to_test, text_losses
 from .metrics import score_answers
 from .statistics import mean_interval, ratio_interval, show_interval, show_score
 from ..pictures import table_html
 from ..processes import spread
 
-# %% ../../nbs/51_infer.evaluate.ipynb #31d6e608
+# %% ../../nbs/51_infer.evaluate.ipynb #1ceab95e
 @dataclasses.dataclass(repr=False)
 class Scores:
     "What a model scored on a split, row by row."
@@ -116,7 +110,7 @@ class Scores:
         notes = table_html(("not measured",), [(note,) for note in self.left_out])
         return table_html(("", "", "95 % interval"), self._table()) + notes * bool(self.left_out)
 
-# %% ../../nbs/51_infer.evaluate.ipynb #8c1d77b0
+# %% ../../nbs/51_infer.evaluate.ipynb #9ce25d26
 def evaluate(
     model,  # base model or adapter
     tokenizer,  # with a chat template
@@ -141,14 +135,14 @@ def evaluate(
     kept = split.select([row["number"] - 1 for row in rows])
     return Scores.from_answers(
         [(row["prompt"], row["reference"], said) for row, said in zip(rows, answers)],
-        encoded_losses(model, tokenizer, [row["encoded"] for row in rows]),
+        losses_of(model, tokenizer, [row["encoded"] for row in rows]),
         metrics,
         general=text_losses(model, tokenizer, general_text) if general_text else [],
         columns={name: list(kept[name]) for name in names},
         skipped=skipped,
     )
 
-# %% ../../nbs/51_infer.evaluate.ipynb #df40d7ef
+# %% ../../nbs/51_infer.evaluate.ipynb #44778676
 class Slices(dict):
     "Name of a part of the rows -> its `Scores`. A notebook shows it as a table."
 

@@ -98,12 +98,10 @@ class Tracker(TrainerCallback):
 
     def _open(self, args):
         "Begin a run, unless there is one that was begun outside."
-        module = import_module(self.name) if self.name in ("wandb", "trackio") else None
-        if self.name == "wandb" and module.run is None:
+        self._opened = self.name == "trackio"  # which always begins one
+        if self.name == "wandb" and (wandb := import_module("wandb")).run is None:
             project = os.getenv("WANDB_PROJECT", getattr(args, "project", "huggingface"))
-            module.init(project=project, name=args.run_name, dir=args.output_dir)
-            self._opened = True
-        elif self.name == "trackio":
+            wandb.init(project=project, name=args.run_name, dir=args.output_dir)
             self._opened = True
 
     def _hand_over(self):
