@@ -47,7 +47,10 @@ class Merged:
     scores: dict = dataclasses.field(default_factory=dict)  # name -> `Scores` on the test split
 
     def _facts(self):
-        yield "weights", f"{show_size(self.size)} in {self.dtype}, {self.files} file(s)"
+        yield (
+            "weights",
+            f"{show_size(self.size)} in {self.dtype}, {self.files} file" + "s" * (self.files > 1),
+        )
         yield "base model", self.base
         yield "layers merged", self.layers
         if self.whole:

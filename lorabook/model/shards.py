@@ -77,10 +77,39 @@ def read_tensor(
         return file.get_tensor(name)
 
 # %% ../../nbs/38_model.shards.ipynb #4cef2fd4
+def _gather(tensors, limit):
+    "Tensors by the file; all of them in one piece of memory, which every file uses again."
+    room, used, part = torch.empty(limit, dtype=torch.uint8), 0, {}
+    for name, tensor in tensors:
+        if part and used + tensor.nbytes > limit:
+            yield part
+            used, part = 0, {}
+        if tensor.nbytes <= limit:
+            place = room[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            tensor = place.copy_(tensor)
+        part[name] = tensor.contiguous()
+        used += -(-tensor.nbytes // 64) * 64  # where a number of any kind may begin
+    yield part
+
+
+def _name_files(folder, parts):
+    "Call the files as a model's are called, and write down which tensor is in which."
+    pattern = "model-{:05}-of-{:05}.safetensors"
+    names = [pattern.format(i + 1, len(parts)) for i in range(len(parts))]
+    names = names if len(parts) > 1 else [_WHOLE]
+    for i, name in enumerate(names):
+        (folder / f"part-{i}").rename(folder / name)
+    if len(parts) > 1:
+        total = sum(size for part in parts for size in part.values())
+        where = {tensor: name for name, part in zip(names, parts) for tensor in part}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
 def write_shards(
-    tensors,  # (name, tensor) pairs, one after the other; none shares memory with another
+    tensors,  # (name, tensor) pairs, one after the other
     folder: str | Path,  # to write into
-    max_shard_size: str | int = "2GB",  # of a file: what stays in memory until it is written
+    max_shard_size: str | int = "2GB",  # of a file, and of what is in memory until it is written
 ) -> int:  # the number of files; raises `ModelError`
     "Write weights as a model's folder has them."
     try:
@@ -88,29 +117,11 @@ def write_shards(
     except ValueError as error:
         todo = "Write a number and a unit, such as 2GB."
         raise ModelError("`max_shard_size` is no size.", error, todo) from None
-    parts, waiting, size, total = [], {}, 0, 0
-
-    def write():
-        save_file(waiting, folder / f"part-{len(parts)}", {"format": "pt"})
-        parts.append(list(waiting))
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if waiting and size + tensor.nbytes > limit:
-            write()
-            size = 0
-        waiting[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    write()
-    pattern = "model-{:05}-of-{:05}.safetensors"
-    names = [pattern.format(i + 1, len(parts)) for i in range(len(parts))]
-    names = names if len(parts) > 1 else [_WHOLE]
-    for i, name in enumerate(names):
-        (folder / f"part-{i}").rename(folder / name)
-    if len(parts) > 1:
-        where = {tensor: name for name, part in zip(names, parts) for tensor in part}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    parts = []
+    for part in _gather(tensors, limit):
+        save_file(part, folder / f"part-{len(parts)}", {"format": "pt"})
+        parts.append({name: tensor.nbytes for name, tensor in part.items()})
+    _name_files(folder, parts)
     return len(parts)
 
 # %% ../../nbs/38_model.shards.ipynb #0b3a7dac
