@@ -635,7 +635,7 @@ FAULTS = {  # notice -> a template and a conversation that call for it
 
 TURN = "{%% for m in messages %%}<{{ m.role }}>%s<end>{%% endfor %%}"
 UNFOLLOWED = {  # templates whose text depends on more than the values that they are given
-    "chance": "{{ lipsum(1) }}" + TURN % "{{ m.content }}",
+    "chance": "{{ range(10**5) | random }}" + TURN % "{{ m.content }}",
     "escaped by addition": TURN % "{{ m.content + ('&' | escape) }}",
     "an address": TURN % "{{ m.content.upper }}",
 }

@@ -13,7 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from html import escape
 
-from .template import NOTICES, fit_content, read_chat
+from .template import NOTICES, fit_content, read_chat, special_names
 from ..errors import ModelError, TemplateError
 from ..pictures import visible
 
@@ -95,8 +95,8 @@ def encode_chats(
     train_on: str = "all",  # `all` answers, or the `last` one only
 ) -> list[dict]:  # `input_ids`, `labels`: [n] int each; `notices`: what is odd, in words
     "Turn conversations into tokens and labels; raises `TemplateError`, `ModelError`."
-    names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    special, renderings = _any_of(tuple(tokenizer.all_special_tokens)), []
+    names, renderings = special_names(tokenizer), []
+    special = _any_of(tuple(tokenizer.all_special_tokens))
     for messages, schemas in zip(conversations, tools or [None] * len(conversations)):
         template = tokenizer.get_chat_template(tools=schemas)
         messages = fit_content(template, messages)

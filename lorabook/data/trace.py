@@ -8,21 +8,25 @@ __all__ = ['Traced', 'join', 'join_with', 'derived', 'Message', 'trace_messages'
 # %% ../../nbs/25_data.trace.ipynb #67d2ee6f
 import copy
 import functools
+import itertools
 import re
+from bisect import bisect_right
 
 from jinja2 import nodes, pass_context
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
+
+from .sandbox import compile_bounded, counted, sandbox
 
 # %% ../../nbs/25_data.trace.ipynb #48a01310
 class Traced(str):
     "A `str` that knows where each of its characters came from."
 
-    __slots__ = ("runs",)  # ((length, place, owner), ...): numbers of messages, or None
+    __slots__ = ("runs", "_ends")  # ((length, place, owner), ...): numbers of messages, or None
 
     def __new__(cls, text, runs=None):
         self = str.__new__(cls, text)
         self.runs = ((len(text), None, None),) if runs is None and text else runs or ()
+        self._ends = None  # of the runs; counted when a string of many is cut
         return self
 
     def __str__(self):
@@ -52,12 +56,17 @@ class Traced(str):
 
     def _cut(self, start, stop):
         "The characters from `start` to `stop`."
-        text, runs, at = str.__getitem__(self, slice(start, stop)), [], 0
-        for length, place, owner in self.runs:
+        text, runs, number = str.__getitem__(self, slice(start, stop)), [], 0
+        if len(self.runs) > 8:
+            self._ends = self._ends or list(itertools.accumulate(run[0] for run in self.runs))
+            number = bisect_right(self._ends, start)
+        at = self._ends[number - 1] if number else 0
+        while at < stop and number < len(self.runs):
+            length, place, owner = self.runs[number]
             kept = min(stop, at + length) - max(start, at)
             if kept > 0:
                 runs.append((kept, place, owner))
-            at += length
+            at, number = at + length, number + 1
         return Traced(text, tuple(runs))
 
     def _parts(self, texts):
@@ -132,15 +141,16 @@ def join_with(
     return join([part for item in items for part in (sep, str(item))][1:])
 
 # %% ../../nbs/25_data.trace.ipynb #a2fb9c5c
-def _origins(value, found):
-    "Collect the (place, owner) of all text in a value."
-    if type(value) is Traced:
-        found.update(run[1:] for run in value.runs)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _origins(item, found)
-    elif isinstance(value, dict):
-        _origins(list(value.values()), found)
+def _origins(values):
+    "The (place, owner) of all text in some values."
+    found, seen, stack = set(), {}, [values]  # what is seen is kept, so that no other has its id
+    while stack:
+        value = stack.pop()
+        if type(value) is Traced:
+            found.update(run[1:] for run in value.runs)
+        elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+            seen[id(value)] = value
+            stack += value.values() if isinstance(value, dict) else value
     return found
 
 
@@ -149,7 +159,7 @@ def derived(
     *sources,  # strings, or lists and dicts that hold some
 ) -> str:  # traced, if all sources have the same origin
     "Give a string the origin of what it was made from."
-    origins = _origins(sources, set()) - {(None, None)}
+    origins = _origins(sources) - {(None, None)}
     if type(text) is Traced or len(origins) != 1:
         return text
     return Traced(text, ((len(text), *origins.pop()),) if text else ())
@@ -326,14 +336,16 @@ class _Notes(NodeTransformer):
 @functools.lru_cache(128)
 def compile_template(
     template: str,  # a Jinja chat template
-) -> tuple:  # two Jinja templates: that of transformers, and the one that takes notes
-    "Compile a chat template; raises Jinja's `TemplateSyntaxError`."
-    plain = chat_template_utils._compile_jinja_template(template)
-    env = copy.copy(plain.environment)
-    env.concat = join
-    env.filters = {name: _deriving(f) for name, f in env.filters.items()} | _FILTERS
-    env.filters |= {"join": _join_filter, "format": _format_filter}
-    return plain, env.from_string(_Notes().visit(env.parse(template)))
+) -> tuple:  # two Jinja templates: one as in transformers, and one that takes notes
+    "Compile a chat template; raises Jinja's `TemplateSyntaxError`, and `SandboxError`."
+    env = sandbox()
+    noting = copy.copy(env)
+    noting.concat = join
+    noting.filters = {name: _deriving(f) for name, f in env.filters.items()} | _FILTERS
+    for name, function in (("join", _join_filter), ("format", _format_filter)):
+        noting.filters[name] = counted(name, function)
+    plain = compile_bounded(env, template)
+    return plain, compile_bounded(noting, template, _Notes().visit)
 
 
 def _join_filter(value, d="", attribute=None):

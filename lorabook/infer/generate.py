@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import StoppingCriteria
 
-from ..data.template import fit_content
+from ..data.template import prompt_text
 from ..errors import ModelError
 
 # %% ../../nbs/50_infer.generate.ipynb #9e0d493f
@@ -53,15 +53,7 @@ def _as_messages(prompt):
 @torch.inference_mode()
 def _generate_batch(model, tokenizer, conversations, options):
     "Answers to one batch of (messages, tools)."
-    texts = [
-        tokenizer.apply_chat_template(
-            fit_content(tokenizer.get_chat_template(tools=tools), messages),
-            tools=tools,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for messages, tools in conversations
-    ]
+    texts = [prompt_text(tokenizer, messages, tools) for messages, tools in conversations]
     inputs = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     ).to(model.device)
