@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['chat_in_terminal']
 
-# %% ../nbs/76_terminal.ipynb #a2309bbd
+# %% ../nbs/76_terminal.ipynb #9cf2e57d
 import signal
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Event
-
-from jinja2 import TemplateError as JinjaError
 
 from .config import ModelSettings
 from .errors import LorabookError
@@ -20,7 +18,7 @@ from .export.save import load_adapter
 from .infer.generate import chat
 from .pictures import visible
 
-# %% ../nbs/76_terminal.ipynb #174f479b
+# %% ../nbs/76_terminal.ipynb #7b18e96b
 _LEAVE_BASE = (True, False, None, "gaussian", "orthogonal")  # `init_lora_weights`
 
 
@@ -62,7 +60,7 @@ class _Conversation:
             limit = f"cut off after {self.options['max_new_tokens']} tokens"
             _note(f"[{'stopped' if stop.is_set() else limit}]")
 
-# %% ../nbs/76_terminal.ipynb #3845b006
+# %% ../nbs/76_terminal.ipynb #36fc7864
 _COMMANDS = """\
 /base          the next answers are the base model's
 /adapter       they are the adapter's again
@@ -95,7 +93,7 @@ def _obey(line, talk):
         return _COMMANDS
     return f"There is no command {name}.\n{_COMMANDS}"
 
-# %% ../nbs/76_terminal.ipynb #57192da8
+# %% ../nbs/76_terminal.ipynb #041345c1
 def _next_line(talk):
     "What the user typed; None: there is no more."
     if not sys.stdin.isatty():
@@ -131,5 +129,5 @@ def chat_in_terminal(
                 _note(_obey(line, talk))
             elif line.strip():
                 talk.ask(line.strip())
-        except (LorabookError, JinjaError) as error:  # the chat template refuses, as a rule
-            _note(f"[not answered: {error}]")
+        except LorabookError as error:  # the chat template refuses, as a rule
+            _note(f"[not answered] {error}")

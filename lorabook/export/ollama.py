@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Frame', 'write_go', 'read_frame', 'OllamaTemplate', 'ollama_template']
 
-# %% ../../nbs/69_export.ollama.ipynb #1865467a
+# %% ../../nbs/69_export.ollama.ipynb #fb8a5af4
 import dataclasses
 import os
 import re
 from html import escape
 
-from ..data.template import fit_content, render
+from ..data.template import fit_content, render, special_names
 from ..errors import TemplateError
 
-# %% ../../nbs/69_export.ollama.ipynb #20915807
+# %% ../../nbs/69_export.ollama.ipynb #5e46615c
 @dataclasses.dataclass(frozen=True)
 class Frame:
     "What a chat template writes around the words of a conversation."
@@ -48,7 +48,7 @@ class Frame:
                 text += self.answer_open + message["content"] + self.answer_close
         return text + self.prompt
 
-# %% ../../nbs/69_export.ollama.ipynb #42ba0ddb
+# %% ../../nbs/69_export.ollama.ipynb #85c8766e
 _HEAD = "{{ if .System }}%(system_open)s{{ .System }}%(system_close)s"
 _ELSE = "{{ else }}%(start)s"
 _LAST = "%(start)s{{ $last := 0 }}{{ range $i, $_ := .Messages }}{{ $last = $i }}{{ end }}"
@@ -83,7 +83,7 @@ def write_go(
     words = {name: _as_go(value) for name, value in vars(frame).items()}
     return (head + _TURNS % _OPENINGS[frame.place]) % words
 
-# %% ../../nbs/69_export.ollama.ipynb #349aaa74
+# %% ../../nbs/69_export.ollama.ipynb #44081234
 _WORDS = {"system": "xqsystem", "first": "xqfirst", "answer": "xqanswer", "again": "xqagain"}
 _ROLES = {"system": "system", "first": "user", "answer": "assistant", "again": "user"}
 
@@ -161,7 +161,7 @@ def read_frame(
     )
     return _find_system(frame, write)
 
-# %% ../../nbs/69_export.ollama.ipynb #b602a98c
+# %% ../../nbs/69_export.ollama.ipynb #0e488a15
 _AWKWARD = '{{ .System }} {% raw %} """ \' \\n <b> & `$x` %s {0} %(start)s'
 _LETTERS = "na\u00efve \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600"
 _LINES = "one\n\n  two\n```\nthree\n```"
@@ -205,7 +205,7 @@ def _check(frame, write):
                 "Serve the model with transformers, vLLM or llama.cpp, which read the template.",
             )
 
-# %% ../../nbs/69_export.ollama.ipynb #9a6b8dde
+# %% ../../nbs/69_export.ollama.ipynb #96c1eac5
 @dataclasses.dataclass
 class OllamaTemplate:
     "A chat template for Ollama."
@@ -223,11 +223,10 @@ class OllamaTemplate:
         shown = "".join(f"<li>{escape(line)}</li>" for line in lines)
         return f'<pre style="white-space:pre-wrap">{escape(self.text)}</pre><ul>{shown}</ul>'
 
-# %% ../../nbs/69_export.ollama.ipynb #fd503b15
+# %% ../../nbs/69_export.ollama.ipynb #5f0d5c15
 def _writer(tokenizer):
     "What writes prompts, without the token that Ollama adds by itself; and that token."
-    template = tokenizer.get_chat_template()
-    names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    template, names = tokenizer.get_chat_template(), special_names(tokenizer)
     added = names.get("bos_token", "") if tokenizer.init_kwargs.get("add_bos_token") else ""
 
     def write(messages, end=False):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Serving', 'how_to_serve', 'write_modelfile']
 
-# %% ../../nbs/75_export.serve.ipynb #b8de7d11
+# %% ../../nbs/75_export.serve.ipynb #5dc2a6b3
 import dataclasses
 import re
 import shlex
@@ -22,7 +22,7 @@ from .ollama import ollama_template
 from ..model.load import setup_tokenizer
 from ..pictures import visible
 
-# %% ../../nbs/75_export.serve.ipynb #760b3df8
+# %% ../../nbs/75_export.serve.ipynb #41664a04
 @dataclasses.dataclass
 class Way:
     "One way to serve a folder."
@@ -56,7 +56,7 @@ class Serving:
             parts.append(f"<pre><code>{lines}</code></pre>")
         return "".join(parts)
 
-# %% ../../nbs/75_export.serve.ipynb #5d6b778f
+# %% ../../nbs/75_export.serve.ipynb #63b0ba2c
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PYTHON = """\
 from peft import PeftModel
@@ -122,18 +122,15 @@ def _adapter_ways(folder):
     loaded = repr(base) + (f", revision={revision!r}" if revision else "")
     python = _PYTHON.format(base=loaded, folder=repr(str(folder)))
     merged = _word(f"{folder}-merged")
+    merge = [f"lorabook merge {_word(folder)} {merged}", f"lorabook serve {merged}"]
     return [
         Way("A terminal", "lorabook", [f"lorabook chat {_word(folder)}"]),
         Way("Python", "transformers and peft", python.split("\n")),
         _vllm_way(info, base, revision),
-        Way(
-            "transformers serve, Ollama, llama.cpp",
-            "the whole model: merge first",
-            [f"lorabook merge {_word(folder)} {merged}", f"lorabook serve {merged}"],
-        ),
+        Way("transformers serve, Ollama, llama.cpp", "the whole model: merge first", merge),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #c1194ffb
+# %% ../../nbs/75_export.serve.ipynb #915c89f6
 _CONVERTER = "convert_hf_to_gguf.py"
 _ASK = """\
 from openai import OpenAI
@@ -160,38 +157,25 @@ def _convert_lines(folder, target):
 def _model_ways(folder, port):
     "Ways to serve a whole model."
     name, gguf, quoted = _plain_name(folder), folder / "model.gguf", _word(folder)
+    ollama = [
+        f"lorabook serve {quoted} --modelfile",
+        f"ollama create {name} -f {_word(folder / 'Modelfile')}",
+        f"ollama run {name}",
+    ]
+    llama = _convert_lines(folder, gguf)
+    llama += [f"llama-server -m {_word(gguf)} --jinja --port {port}"]
+    ask = _ASK.format(port=port, name=repr(str(folder))).split("\n")
+    at_ollama = f"for Ollama, port 11434 and the name {name!r}"
+    start = f"transformers serve {quoted} --port {port}"
     return [
-        Way(
-            "transformers",
-            'pip install "transformers[serving]"',
-            [f"transformers serve {quoted} --port {port}"],
-        ),
+        Way("transformers", 'pip install "transformers[serving]"', [start]),
         Way("vLLM", "pip install vllm, and a GPU", [f"vllm serve {quoted} --port {port}"]),
-        Way(
-            "Ollama",
-            "ollama; it answers on port 11434",
-            [
-                f"lorabook serve {quoted} --modelfile",
-                f"ollama create {name} -f {_word(folder / 'Modelfile')}",
-                f"ollama run {name}",
-            ],
-        ),
-        Way(
-            "llama.cpp",
-            "llama-server, and its converter",
-            [
-                *_convert_lines(folder, gguf),
-                f"llama-server -m {_word(gguf)} --jinja --port {port}",
-            ],
-        ),
-        Way(
-            "Ask one of them",
-            f"pip install openai; for Ollama, port 11434 and the name {name!r}",
-            _ASK.format(port=port, name=repr(str(folder))).split("\n"),
-        ),
+        Way("Ollama", "ollama; it answers on port 11434", ollama),
+        Way("llama.cpp", "llama-server, and its converter", llama),
+        Way("Ask one of them", f"pip install openai; {at_ollama}", ask),
     ]
 
-# %% ../../nbs/75_export.serve.ipynb #ba1de8e0
+# %% ../../nbs/75_export.serve.ipynb #4a7b7a88
 def _holds_model(folder):
     "Whether a folder holds a whole model; raises `ModelError` if it holds none, and no adapter."
     if (folder / "adapter_config.json").is_file():
@@ -216,7 +200,7 @@ def how_to_serve(
         return Serving(folder, "a whole model", _model_ways(folder, port))
     return Serving(folder, "an adapter, to be put on its base model", _adapter_ways(folder))
 
-# %% ../../nbs/75_export.serve.ipynb #bb586c25
+# %% ../../nbs/75_export.serve.ipynb #eba5297c
 def _stops(folder, tokenizer):
     "Everything that ends a turn, as text."
     ids = [tokenizer.eos_token_id]
