@@ -110,10 +110,7 @@ def call(arguments):
 
 
 def parquet(**columns):
-    def write(path):
-        pq.write_table(pa.table(columns), path, compression="zstd")
-
-    return write
+    return lambda path: pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 BROKEN = pa.StringArray.from_buffers(
@@ -151,9 +148,9 @@ DATA = {  # kind -> file name, content or what writes it, parts of the message
     "text that is none": ("a.parquet", parquet(instruction=BROKEN, response=["b"]), "damaged"),
     "zstd bomb": (
         "a.parquet",
-        lambda path: parquet(instruction=["a" * 280_000_000], response=["b"])(path),
+        parquet(instruction=["a" * 80_000_000], response=["b"]),
         "far more than it holds",
-        "280,0",
+        "80,0",
     ),
 }
 
@@ -301,7 +298,7 @@ def test_models(case, folder, unharmed, refused):
 
 
 LOOP, END = "{% for i in range(99999) %}", "{% endfor %}"
-NEST = "{% set n = namespace(s=['ha']) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
+NEST = "{% set n = namespace(s=['ha']) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}" + END
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 TEMPLATES = {
     "repetition": "{{ 'a' * 10 ** 11 }}",
@@ -379,7 +376,7 @@ def test_templates_that_are_refused(case, tokenizer, unharmed, refused, monkeypa
     template, part = case
     monkeypatch.setattr(tokenizer, "chat_template", template)
     for show in (lambda: encode_chat(TALK, tokenizer), lambda: prompt_text(tokenizer, TALK[:1])):
-        with refused(TemplateError, part) as _:
+        with refused(TemplateError, part):
             show()
     assert TALK[0]["content"] == "Hello."
 

@@ -80,8 +80,8 @@ def load_failed(
         return ModelError(
             f"The model {name!r} has no weights in the safetensors format.",
             f"{error!s:.500}",
-            "Take a copy that has some: other files (.bin, .pt) may run code when they are read, so "
-            "lorabook doesn't open them.",
+            "Take a copy that has some. Other files (.bin, .pt) may run code when they are read, "
+            "and are not opened.",
         )
     return ModelError(
         f"The model {name!r} can't be loaded.",
