@@ -81,7 +81,7 @@ YAML = {  # kind -> text, parts of the message
     "null byte": ("seed: \0", "not valid YAML", "#x0000"),
     "call": ("seed: !!python/object/apply:os.system [true]", "not valid YAML", "os.system"),
     "too long": ("output_dir: " + "a" * 300_000, "too long", "200,000"),
-    "many keys": ("".join(f"k{i}: 1\n" for i in range(10_000)), "10000 values are wrong", "`k0`"),
+    "many keys": ("".join(f"k{i}: 1\n" for i in range(4000)), "4000 values are wrong", "`k0`"),
     "token": (f"training: {{hub_token: {TOKEN}}}", "`training.hub_token`", "hf auth login"),
     "token under another name": (f"model: {{token: {TOKEN}}}", "`model.token`", "***"),
 }
@@ -110,10 +110,7 @@ def call(arguments):
 
 
 def parquet(**columns):
-    def write(path):
-        pq.write_table(pa.table(columns), path, compression="zstd")
-
-    return write
+    return lambda path: pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 BROKEN = pa.StringArray.from_buffers(
@@ -151,9 +148,9 @@ DATA = {  # kind -> file name, content or what writes it, parts of the message
     "text that is none": ("a.parquet", parquet(instruction=BROKEN, response=["b"]), "damaged"),
     "zstd bomb": (
         "a.parquet",
-        lambda path: parquet(instruction=["a" * 280_000_000], response=["b"])(path),
+        parquet(instruction=["a" * 80_000_000], response=["b"]),
         "far more than it holds",
-        "280,0",
+        "80,0",
     ),
 }
 
@@ -301,7 +298,7 @@ def test_models(case, folder, unharmed, refused):
 
 
 LOOP, END = "{% for i in range(99999) %}", "{% endfor %}"
-NEST = "{% set n = namespace(s=['ha']) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
+NEST = "{% set n = namespace(s=['ha']) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}" + END
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 TEMPLATES = {
     "repetition": "{{ 'a' * 10 ** 11 }}",
@@ -379,7 +376,7 @@ def test_templates_that_are_refused(case, tokenizer, unharmed, refused, monkeypa
     template, part = case
     monkeypatch.setattr(tokenizer, "chat_template", template)
     for show in (lambda: encode_chat(TALK, tokenizer), lambda: prompt_text(tokenizer, TALK[:1])):
-        with refused(TemplateError, part) as _:
+        with refused(TemplateError, part):
             show()
     assert TALK[0]["content"] == "Hello."
 

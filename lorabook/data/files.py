@@ -125,7 +125,7 @@ def _refuse_bomb(metadata, path):
     "A file that is small on the disk and huge in memory."
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     largest = max((group.total_byte_size for group in groups), default=0)
-    if largest > max(2**28, 200 * path.stat().st_size):
+    if largest > max(2**26, 200 * path.stat().st_size):
         raise DataError(
             f"{path.name} would be unpacked to far more than it holds.",
             f"{path.stat().st_size:,} bytes, and {largest:,} in memory",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counted', 'sandbox', 'compile_bounded']
 
-# %% ../../nbs/19_data.sandbox.ipynb #1dfe3eff
+# %% ../../nbs/19_data.sandbox.ipynb #1c06d9d1
 import re
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from ..errors import SandboxError
 
-# %% ../../nbs/19_data.sandbox.ipynb #ea353b3f
+# %% ../../nbs/19_data.sandbox.ipynb #5d755e83
 _STEPS = 1_000_000  # of a rendering
 _MORE = 50  # steps that come on top for each character of the conversation
 _FREE = 64  # characters that are copied in a step; fewer cost nothing
@@ -29,7 +29,7 @@ _LARGEST = 100_000_000  # characters: what is larger is not measured any further
 
 
 def _size(value):
-    "Characters in a value, and 32 for each thing in it; beyond `_LARGEST`, far more than that."
+    "Characters in a value, and 64 for each thing in it; beyond `_LARGEST`, far more than that."
     if type(value) is str:
         return len(value)
     total, stack = 0, [value]
@@ -44,7 +44,7 @@ def _size(value):
         elif isinstance(item, Namespace):
             stack.append(object.__getattribute__(item, "__dict__"))
         elif isinstance(item, Collection):
-            total += 32 * len(item)
+            total += _FREE * len(item)
             if total <= _LARGEST and not isinstance(item, range):
                 stack += [*item.keys(), *item.values()] if isinstance(item, dict) else item
     return total if total <= _LARGEST else _LARGEST**2
@@ -83,7 +83,7 @@ def _metered(given=None):
     finally:
         _METER.reset(token)
 
-# %% ../../nbs/19_data.sandbox.ipynb #2e119138
+# %% ../../nbs/19_data.sandbox.ipynb #27821cb2
 def _pay(values, twice=False):
     "Pay for an operation on values: for all of them, and for the product of the two largest."
     sizes = sorted(16 * abs(v) if isinstance(v, int) else _size(v) for v in values)
@@ -114,7 +114,7 @@ def _pay_operator(operator, left, right):
         if any(words):
             _METER.get().spend(sum(words) + words[0] * words[1] // 100)
 
-# %% ../../nbs/19_data.sandbox.ipynb #20ab9ea7
+# %% ../../nbs/19_data.sandbox.ipynb #50082f34
 _FREE_FILTERS = "length count first last default d safe attr random".split()
 _LAZY_FILTERS = "list reverse select reject selectattr rejectattr map items".split()
 _GREEDY_FILTERS = "join sort sum unique min max groupby batch slice".split()
@@ -182,7 +182,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         _pay(values)
         return super().call(__context, __obj, *args, **kwargs)
 
-# %% ../../nbs/19_data.sandbox.ipynb #2a98ccab
+# %% ../../nbs/19_data.sandbox.ipynb #0b9c2fe0
 def _look(value):
     "A value that is about to be written, compared or joined."
     if not isinstance(value, str) or len(value) > _FREE:
@@ -298,7 +298,7 @@ class _Bounds(NodeTransformer):
             op.expr = _watched(op.expr)
         return node
 
-# %% ../../nbs/19_data.sandbox.ipynb #4274d06a
+# %% ../../nbs/19_data.sandbox.ipynb #d482901c
 _LONGEST = 100_000  # characters of a template
 
 

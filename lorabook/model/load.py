@@ -80,8 +80,8 @@ def load_failed(
         return ModelError(
             f"The model {name!r} has no weights in the safetensors format.",
             f"{error!s:.500}",
-            "Take a copy that has some: other files (.bin, .pt) may run code when they are read, so "
-            "lorabook doesn't open them.",
+            "Take a copy that has some. Other files (.bin, .pt) may run code when they are read, "
+            "and are not opened.",
         )
     return ModelError(
         f"The model {name!r} can't be loaded.",
@@ -279,7 +279,7 @@ def setup_model(
     options |= dict(use_safetensors=True, output_loading_info=True)
     try:
         _check_shards(path, name, cfg.revision)
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # nosec B615: `revision` is in there
     except ModelError:
         raise
     except Exception as error:
