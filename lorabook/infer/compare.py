@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Example', 'Comparison', 'compare']
 
-# %% ../../nbs/52_infer.compare.ipynb #9f518826
+# %% ../../nbs/52_infer.compare.ipynb #ff59ead5
 import dataclasses
 import math
 from functools import cached_property
@@ -16,10 +16,10 @@ from ..errors import DataError
 from .evaluate import Scores
 from .marks import LEGEND, example_html, marked_text
 from .metrics import METRICS
-from .statistics import Measure
+from .statistics import Measure, show_interval
 from ..pictures import table_html, text_html, visible
 
-# %% ../../nbs/52_infer.compare.ipynb #0ae36439
+# %% ../../nbs/52_infer.compare.ipynb #737f602f
 def _decides(measures):
     "The name of the metric that the verdict goes by."
     own = [name for name in measures if name not in (*METRICS, "loss", "general_loss")]
@@ -55,7 +55,7 @@ _SENTENCES = {
     "More test rows would tell.",
 }
 
-# %% ../../nbs/52_infer.compare.ipynb #d0411c02
+# %% ../../nbs/52_infer.compare.ipynb #77fd6b95
 _PRICES = {
     "general_loss": "General ability was lost, as text shows that is not the task",
     "ended": "Fewer answers end by themselves",
@@ -74,7 +74,7 @@ def _warnings(measures, judge, kind, train_loss):
         said.append(f"The training rows are known partly by heart: {known}.")
     return said
 
-# %% ../../nbs/52_infer.compare.ipynb #e5b14e27
+# %% ../../nbs/52_infer.compare.ipynb #cf184092
 @dataclasses.dataclass(frozen=True)
 class Example:
     "A row that the two models answered differently."
@@ -154,14 +154,25 @@ class Comparison:
 
     def to_dict(self) -> dict:
         "The figures, for a file."
-        own = ("kind", "verdict", "decides", "warnings", "left_out", "train_loss", "names")
-        measures = {n: dataclasses.asdict(m) | {"shown": m.shown} for n, m in self.measures.items()}
-        return {name: getattr(self, name) for name in own} | {"measures": measures}
+        names = ("kind", "verdict", "decides", "warnings", "left_out", "train_loss", "names")
+        found, sides = {name: getattr(self, name) for name in names}, (self.before, self.after)
+        found["measures"] = {
+            name: dataclasses.asdict(measure)
+            | {"shown": measure.shown, "intervals": [scores.intervals[name] for scores in sides]}
+            for name, measure in self.measures.items()
+        }
+        return found
 
     def _table(self):
         "(head, rows) of the measures."
         head = "", *self.names, "difference, 95 %", "won / lost / same", "p", "it is"
-        return head, [measure.row() for measure in self.measures.values()]
+        rows, sides = [], (self.before, self.after)
+        for name, measure in self.measures.items():
+            title, *cells = measure.row()
+            for i, scores in enumerate(sides):
+                cells[i] += f" ({show_interval(name, scores.intervals[name])})"
+            rows.append((title, *cells))
+        return head, rows
 
     def __repr__(self):
         return f"Comparison({self.kind}: {self.names[1]} against {self.names[0]})"
@@ -205,7 +216,7 @@ def compare(
         left_out.append("no general text was given to both, so what was forgotten is not known")
     return Comparison(before, after, train_loss, tuple(names), measures, left_out)
 
-# %% ../../nbs/52_infer.compare.ipynb #12496fef
+# %% ../../nbs/52_infer.compare.ipynb #40ad3b61
 def _refuse_others(before, after):
     "Stop unless both scores are of the same rows."
     asked = [[row[:2] for row in scores.answers] for scores in (before, after)]
@@ -223,7 +234,7 @@ def _refuse_others(before, after):
     todo = "Evaluate both models on the same split, with the same tokenizer and general text."
     raise DataError("These scores can't be compared.", found, todo)
 
-# %% ../../nbs/52_infer.compare.ipynb #003218df
+# %% ../../nbs/52_infer.compare.ipynb #f138e8dd
 def _examples_html(title, examples, names):
     "Examples, each with both answers beside the reference."
     parts = [f"<h4>{escape(title)}</h4><p>{LEGEND}</p>"]

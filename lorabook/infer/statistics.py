@@ -95,6 +95,9 @@ def difference_interval(
     return plain or _newcombe(before, after)
 
 # %% ../../nbs/49_infer.statistics.ipynb #20e93765
+_MANY = 1000  # differences whose sum, with random signs, is as good as normally distributed
+
+
 def luck(
     differences: list[float],  # of each row, after minus before
 ) -> float:  # p-value, 0 to 1; below 0.05: hardly luck
@@ -105,6 +108,8 @@ def luck(
         return 1.0
     if np.ptp(np.abs(moved)) == 0:
         return float(stats.binomtest(int((moved > 0).sum()), len(moved)).pvalue)
+    if len(moved) > _MANY:
+        return float(2 * stats.norm.sf(abs(moved.sum()) / sqrt((moved**2).sum())))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for few rows: all flips are tried, fewer than the draws
         found = stats.permutation_test(
@@ -118,7 +123,7 @@ def luck(
         )
     return float(found.pvalue)
 
-# %% ../../nbs/49_infer.statistics.ipynb #8e3bdb10
+# %% ../../nbs/49_infer.statistics.ipynb #200d4330
 _LOSSES = "loss", "general_loss"  # lower is better
 
 
