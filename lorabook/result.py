@@ -67,7 +67,7 @@ class RunResult:
         )
 
     def __repr__(self):
-        return f"RunResult({self.adapter_dir}, {self.comparison or 'not tested'})"
+        return f"RunResult({str(self.adapter_dir)!r}, {self.comparison!r})"
 
     def __str__(self):
         on_cpu = self.memory.plan is not None and self.memory.plan.device.device == "cpu"
