@@ -25,7 +25,7 @@ from .export.save import save_model
 from .hardware import detect_hardware
 from .infer.evaluate import evaluate
 from .memory import MemoryLog, print_gpu_memory_usage
-from .model.adapter import setup_lora, trainable_report
+from .model.adapter import leaves_base, setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
 from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
@@ -109,11 +109,6 @@ def _begin_output(cfg, resume):
     sign(folder)
 
 
-def _keeps_base(cfg):
-    "Whether the base model is what is left when the adapter is switched off."
-    return cfg.lora.init_lora_weights not in ("loftq", "olora", "pissa")
-
-
 def _write_metrics(result):
     "The file that says a run has finished, with its figures."
     text = json.dumps(result.to_dict(), indent=2)
@@ -183,7 +178,7 @@ class Run:
             self.model = setup_lora(self.model, self.cfg.lora)
             self.trainable = trainable_report(self.model)
             print(self.trainable)
-            self.before = None if _keeps_base(self.cfg) else self._test()
+            self.before = None if leaves_base(self.cfg.lora.init_lora_weights) else self._test()
             self.base = base_fingerprint(self.model) if process_count() == 1 else None
             print_gpu_memory_usage()
 

@@ -16,12 +16,10 @@ from .config import ModelSettings
 from .errors import LorabookError
 from .export.save import load_adapter
 from .infer.generate import chat
+from .model.adapter import leaves_base
 from .pictures import visible
 
 # %% ../nbs/76_terminal.ipynb #7b18e96b
-_LEAVE_BASE = (True, False, None, "gaussian", "orthogonal")  # `init_lora_weights`
-
-
 def _note(text):
     "Say something that is not the model's."
     print(visible(text), file=sys.stderr, flush=True)
@@ -72,7 +70,7 @@ _COMMANDS = """\
 def _switch(talk, to_base):
     "Let the other side answer."
     start = talk.model.active_peft_config.init_lora_weights
-    if to_base and start not in _LEAVE_BASE:
+    if to_base and not leaves_base(start):
         return f"The base can't be asked: the adapter began with {start!r}, which changes it."
     talk.asks_base = to_base
     return "The base model answers." if to_base else "The adapter answers."

@@ -19,6 +19,7 @@ from ..data.chat import encode_chat
 from ..data.template import fit_content, render
 from ..errors import noted
 from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
+from ..model.adapter import leaves_base
 from ..model.load import setup_tokenizer
 from ..pictures import table_html
 
@@ -35,7 +36,6 @@ def base_fingerprint(
     return sums.hexdigest()
 
 # %% ../../nbs/74_export.check.ipynb #693a2e3a
-_BASE_BEGINS = "pissa", "olora", "loftq", "corda"  # ways to begin that change the base
 _CHAT = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good day."}]
 
 
@@ -61,9 +61,9 @@ def _as_it_was(model):
     try:
         yield model.eval()
     finally:
+        model.set_adapter(active)
         if "reloaded" in model.peft_config:
             model.delete_adapter("reloaded")
-        model.set_adapter(active)
         model.train(training)
         for name, p in model.named_parameters():
             p.requires_grad_(wanted[name])
@@ -73,7 +73,7 @@ def _reloaded(info, weights, model, rows):
     "The greatest difference of a logit between the adapter in memory and the one in the folder."
     if not isinstance(model, PeftModel):
         return "no adapter in memory to compare with", None
-    if str(_begins(info)).startswith(_BASE_BEGINS):
+    if not leaves_base(_begins(info)):
         return f"not with `init_lora_weights: {_begins(info)}`, which changes the base", None
     ids = [torch.tensor([row["input_ids"][:256]], device=model.device) for row in rows[:4]]
     with _as_it_was(model), torch.no_grad():

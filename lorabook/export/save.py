@@ -15,6 +15,7 @@ from pathlib import Path
 from ..config import ModelSettings, RunConfig, builtin_path
 from ..errors import ModelError
 from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
+from ..model.adapter import leaves_base
 from ..model.load import setup_model
 from ..model.shards import whole_folder
 
@@ -91,7 +92,7 @@ def _check_together(infos, base):
         raise ModelError("The adapters have different base models.", found, todo)
     for info in infos:
         init = info.config.get("init_lora_weights")
-        if len(infos) > 1 and init not in (True, False, None, "gaussian", "orthogonal"):
+        if len(infos) > 1 and not leaves_base(init):
             raise ModelError(
                 f"The adapter {info.folder.name} changes the base, so it can't share it.",
                 f"init_lora_weights: {init!r:.40}",

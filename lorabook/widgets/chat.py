@@ -17,20 +17,18 @@ from peft import PeftModel
 from ..errors import ModelError
 from ..infer.generate import chat
 from ..infer.marks import columns_html, message_html
+from ..model.adapter import leaves_base
 from ..pictures import text_html
 from .views import View
 
 # %% ../../nbs/88_widgets.chat.ipynb #f38ee6b4
-_LEAVE_BASE = (True, False, "gaussian", "orthogonal")  # `init_lora_weights`
-
-
 def _sides(model):
     "(what can be asked: (label, sides), why no more)."
     if not isinstance(model, PeftModel):
         return [("the model", ("model",))], ""
     start = getattr(model.active_peft_config, "init_lora_weights", True)
     alone = [("the adapter", ("adapter",))]
-    if start not in _LEAVE_BASE:
+    if not leaves_base(start):
         return (
             alone,
             f"""The base model can't be asked: this adapter began with {start!r}, which
