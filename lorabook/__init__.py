@@ -39,6 +39,7 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "sweep": "train.sweep",
     "save_model": "export.save",
     "load_adapter": "export.save",
+    "read_adapter": "export.folder",
     "check_adapter": "export.check",
     "merge_adapter": "export.merge",
     "how_to_serve": "export.serve",

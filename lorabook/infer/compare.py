@@ -33,7 +33,8 @@ def _kind(judge, loss, train_loss):
     if not math.isfinite(loss.after) or (jumped and not learned):
         return "broken"
     by_heart = learned and loss.after > max(0.25, 10 * train_loss)
-    if by_heart or (learned and judge.shown <= 0 and loss.shown <= 0):
+    in_vain = learned and loss.after > 2 * train_loss and judge.shown <= 0 and loss.shown <= 0
+    if by_heart or in_vain:
         return "over-fitted"
     if judge.shown > 0:
         return "better"
@@ -50,8 +51,8 @@ _SENTENCES = {
     "fewer steps.",
     "worse": "Worse: the {after} falls behind the {before} on {rows} unseen conversations: "
     "{judge}; {loss}.",
-    "no difference shown": "No difference shown: on {rows} unseen conversations, the {after} and "
-    "the {before} are no further apart than luck would have it: {judge}; {loss}. "
+    "no difference shown": "No difference shown: on {rows} unseen conversations, that between the "
+    "{before} and the {after} may be luck: {judge}, p = {judge.p:.2g}; {loss}. "
     "More test rows would tell.",
 }
 
@@ -189,8 +190,15 @@ class Comparison:
             parts += ["", asked, "  " + marked_text(example.after, example.reference)]
         return visible("\n".join(parts))
 
+    def summary_html(self) -> str:  # HTML
+        "The verdict, and the figures that it rests on."
+        return _summary(self)
+
     def _repr_html_(self):
-        return _page(self)
+        more = f"What got worse ({len(self.worse(self.after.rows))} rows)"
+        worse = _examples_html(more, self.worse(5), self.names)
+        changed = _examples_html("What changed most", self.changes(10), self.names)
+        return self.summary_html() + worse + changed
 
 
 def compare(
@@ -249,19 +257,12 @@ def _examples_html(title, examples, names):
     return "".join(parts) if examples else ""
 
 
-def _page(comparison):
-    "A `Comparison` as HTML."
-    c = comparison
-    items = "".join(f"<li>{text_html(text)}</li>" for text in c.warnings)
-    notes = "".join(f"<li>{text_html(text)}</li>" for text in c.left_out)
-    worse, changed = c.worse(5), c.changes(10)
-    return "".join(
-        [
-            f"<p><b>{text_html(c.verdict)}</b></p>",
-            f"<ul>{items}</ul>" * bool(items),
-            table_html(*c._table()),
-            f"<p>Not compared:</p><ul>{notes}</ul>" * bool(notes),
-            _examples_html(f"What got worse ({len(c.worse(c.after.rows))} rows)", worse, c.names),
-            _examples_html("What changed most", changed, c.names),
-        ]
+def _summary(comparison):
+    "The head of the page."
+    items, notes = (
+        "".join(f"<li>{text_html(text)}</li>" for text in texts)
+        for texts in (comparison.warnings, comparison.left_out)
     )
+    parts = [f"<p><b>{text_html(comparison.verdict)}</b></p>", f"<ul>{items}</ul>" * bool(items)]
+    parts += [table_html(*comparison._table())]
+    return "".join([*parts, f"<p>Not compared:</p><ul>{notes}</ul>" * bool(notes)])

@@ -6,43 +6,14 @@
 __all__ = ['CompareView']
 
 # %% ../../nbs/87_widgets.compare.ipynb #97fb779e
+import itertools
+
 import ipywidgets
 
 from ..infer.marks import LEGEND, example_html
-from ..infer.metrics import token_f1
-from ..infer.statistics import show_score
-from ..pictures import table_html
 from .views import View
 
-# %% ../../nbs/87_widgets.compare.ipynb #a33d2670
-def _direction(name, old, new):
-    "What a change of a score means."
-    if old == new:
-        return "same"
-    gain = old - new if name in ("loss", "perplexity") else new - old
-    return "better" if gain > 0 else "worse" if gain < 0 else "no number"
-
-
-def _scores_html(before, after):
-    "Two `Scores`, beside each other."
-    old, new = before.to_dict(), after.to_dict()
-    shown = lambda name: (show_score(name, old[name]), show_score(name, new[name]))
-    rows = [
-        (name.replace("_", " "), *shown(name), _direction(name, old[name], new[name]))
-        for name in new
-        if name != "rows"
-    ]
-    return table_html((f"{after.rows} test rows", "base", "adapter", "the adapter is"), rows)
-
 # %% ../../nbs/87_widgets.compare.ipynb #b1b9f96d
-def _verdict(base, adapter, reference):
-    "What became of an answer."
-    if base == adapter:
-        return "same"
-    gain = token_f1(adapter, reference) - token_f1(base, reference)
-    return "better" if gain > 0 else "worse" if gain < 0 else "changed"
-
-# %% ../../nbs/87_widgets.compare.ipynb #a23b9ffb
 _KINDS = {
     "all": "all",
     "better": "got better",
@@ -50,16 +21,25 @@ _KINDS = {
     "changed": "changed, neither better nor worse",
     "same": "same",
 }
-_LEGEND = f"<p>Better: more words in common with the reference. {LEGEND}</p>"
-_NO_TEST = """<p>This run had no test split, so there is nothing to compare. Give
-<code>data.split</code> a third part above 0, and run again.</p>"""
+
+
+def _examples(comparison):
+    "(kind, prompt, reference, (name, answer) of both) of each row."
+    changed = {example.number: example.gain for example in comparison.examples}
+    for i, old, new in zip(itertools.count(1), comparison.before.answers, comparison.after.answers):
+        gain = changed.get(i)
+        kind = "same" if gain is None else ["changed", "better", "worse"][(gain > 0) - (gain < 0)]
+        yield kind, *old[:2], list(zip(comparison.names, (old[2], new[2])))
 
 
 def _example_html(example, place, count):
     "One example: a prompt, and what was said to it."
-    verdict, prompt, reference, base, adapter = example
-    shown = example_html(prompt, reference, [("base", base), ("adapter", adapter)])
-    return f"<p>{place} of {count}: {_KINDS[verdict]}</p>{shown}"
+    kind, *shown = example
+    return f"<p>{place} of {count}: {_KINDS[kind]}</p>{example_html(*shown)}"
+
+# %% ../../nbs/87_widgets.compare.ipynb #a23b9ffb
+_NO_TEST = """<p>This run had no test split, so there is nothing to compare. Give
+<code>data.split</code> a third part above 0, and run again.</p>"""
 
 
 class CompareView(View):
@@ -71,14 +51,11 @@ class CompareView(View):
         self,
         result,  # a `RunResult`
     ):
-        before, after = result.before, result.after
-        tested = before is not None and after is not None
-        self.head = _scores_html(before, after) if tested else _NO_TEST
-        rows = zip(before.answers, after.answers) if tested else ()
-        self.examples = [  # (verdict, prompt, reference, answer of the base, of the adapter)
-            (_verdict(base, adapter, reference), prompt, reference, base, adapter)
-            for (_, _, base), (prompt, reference, adapter) in rows
-        ]
+        found = result.comparison
+        self.head = found.summary_html() if found else _NO_TEST
+        self.examples = list(_examples(found)) if found else []
+        metric = found.decides.replace("_", " ") if found else ""
+        self.legend = f"<p>Better: a higher {metric}. {LEGEND}</p>" if found else ""
         self.place = 0  # among those of the chosen kind
         kinds = [(f"{text} ({len(self._of(kind))})", kind) for kind, text in _KINDS.items()]
         self.kind = ipywidgets.Dropdown(options=kinds, description="Show")
@@ -87,7 +64,7 @@ class CompareView(View):
         previous = self.button("Previous", lambda: self.go(-1), "lb-previous")
         following = self.button("Next", lambda: self.go(1), "lb-next")
         bar = [ipywidgets.HBox([self.kind, previous, following])] if self.examples else []
-        super().__init__(ipywidgets.HTML(self.head + _LEGEND * len(bar)), *bar, self.shown)
+        super().__init__(ipywidgets.HTML(self.head + self.legend), *bar, self.shown)
         self.go(0)
 
     def _of(self, kind):
@@ -105,7 +82,7 @@ class CompareView(View):
         self.shown.value = example or ""
 
     def html(self) -> str:  # what stays in a notebook
-        "The scores, and the first example of each kind."
+        "The verdict, the scores, and the first example of each kind."
         found = [self._of(kind) for kind in _KINDS if kind != "all"]
         first = [_example_html(examples[0], 1, len(examples)) for examples in found if examples]
-        return "<hr>".join([self.head + _LEGEND * bool(first), *first])
+        return "<hr>".join([self.head + self.legend, *first])
