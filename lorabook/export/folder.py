@@ -22,7 +22,7 @@ from ..model.load import setup_tokenizer
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class AdapterInfo:
     "An adapter's folder, as far as it can be known without its weights."
 
@@ -36,6 +36,9 @@ class AdapterInfo:
     def revision(self) -> str | None:  # a branch, tag or commit
         "Which version of the base model it is for."
         return self.run.model.revision if self.run else self.config.get("revision")
+
+    def __repr__(self):
+        return f"{self.folder.name}, a LoRA of {self.base}"
 
     def _repr_markdown_(self):
         targets = self.config.get("target_modules") or []
