@@ -3,16 +3,21 @@ PYTHON ?= python3
 ARGS ?= --overwrite
 BIN := .venv/bin
 
-.PHONY: run test bench lab docs notebooks readme clean
+.PHONY: run test audit bench lab docs notebooks readme clean
 
 run: .venv/.run  ## fine-tune the built-in model on the built-in data
 	$(BIN)/lorabook run $(ARGS)
 
 test: .venv/.dev  ## everything that CI checks; what takes longer: .venv/bin/pytest --slow tests
 	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools benchmarks
+	@echo "== security"; $(BIN)/bandit -q -c pyproject.toml -r lorabook tools
 	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^02_guided_run'  # tests/test_guided_run.py runs it in a browser
 	@echo "== tests"; $(BIN)/python tools/browser.py || true
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 tests
+
+audit: .venv/.dev  ## known holes in the installed libraries; asks a service for them
+	$(BIN)/python -m pip install --quiet --no-compile pip-audit
+	$(BIN)/pip-audit --desc --skip-editable
 
 bench: .venv/.bench  ## set up what the benchmarks compare with; benchmarks/LOG.md says how to run each
 

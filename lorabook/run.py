@@ -24,6 +24,7 @@ from .export.check import base_fingerprint, check_adapter
 from .export.save import save_model
 from .hardware import detect_hardware
 from .infer.evaluate import evaluate
+from .infer.heldout import rows_in_train, rows_to_test
 from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import leaves_base, setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
@@ -168,6 +169,7 @@ class Run:
             train_file, settings = self.cfg.data.train_file, self.cfg.data
             self.raw = load_and_prepare_data(train_file, settings, self.cfg.seed)
             self.data = prepare_rows(self.raw, self.tokenizer, self.cfg)
+            self.overlap = self._look_at_test()
         with self.phase("plan"):
             decide = lambda: _decide(self.cfg, self.data, self.checkpoint)
             self.cfg, self.phase.memory.plan = from_first(decide)
@@ -222,11 +224,26 @@ class Run:
         test = self.raw["test"]
         return evaluate(self.model, self.tokenizer, test) if len(test) else None
 
+    def _look_at_test(self):
+        "Refuse a test split that can't be used, before the training; what of it is in the training rows."
+        train, test = self.raw["train"], self.raw["test"]
+        if not len(test):
+            return None
+        print(*rows_to_test(test, self.tokenizer)[2], sep="\n", end="")
+        overlap = rows_in_train(train, test)
+        print(overlap)
+        return overlap
+
     def _check(self, adapter_dir):
         "What is wrong with the adapter in the folder, if anything; several processes don't look."
+        if not self.base:
+            return None
         rows = self.raw["test"] if len(self.raw["test"]) else self.raw["train"]
-        about = self.model, self.tokenizer, rows, self.base
-        return check_adapter(adapter_dir, *about) if self.base else None
+        checks = check_adapter(adapter_dir, self.model, self.tokenizer, rows, self.base)
+        if self.overlap:
+            found = f"{self.overlap.exact} of {self.overlap.rows}, and {self.overlap.near} nearly"
+            checks.rows.append(("test rows that were trained", found, not self.overlap.exact))
+        return checks
 
 
 @contextmanager

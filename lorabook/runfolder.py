@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .config import RunConfig
-from .errors import ConfigError, LorabookError, TrainingStopped
+from .errors import ConfigError, LorabookError, TrainingStopped, hide_tokens
 from .pictures import visible
 
 # %% ../nbs/11_runfolder.ipynb #5ac4b314
@@ -25,7 +25,7 @@ def note_end(
     "Write down why a run ends before its time."
     asked = isinstance(error, (TrainingStopped, KeyboardInterrupt))
     kind = "" if isinstance(error, LorabookError) else f"{type(error).__name__}: "
-    why = visible(f"{kind}{error}".partition("\n")[0], 200)
+    why = visible(hide_tokens(f"{kind}{error}".partition("\n")[0]), 200)
     text = json.dumps({"state": "stopped" if asked else "failed", "why": why})
     with suppress(OSError):  # the disk may be full; `error` is what matters
         Path(output_dir, "end.json").write_text(text, encoding="utf-8")

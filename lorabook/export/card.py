@@ -6,6 +6,7 @@
 __all__ = ['write_card']
 
 # %% ../../nbs/71_export.card.ipynb #9d1f27d5
+import os
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def _hub_id(name):
         validate_repo_id(name)
     except HFValidationError:
         return None
-    here = name == "builtin" or Path(name).suffix in _FILES or Path(name).exists()
+    here = name == "builtin" or Path(name).suffix in _FILES or os.path.exists(name)
     return None if here else name
 
 
@@ -188,7 +189,7 @@ def _data(cfg, splits):
     hashes = []
     for name in dict.fromkeys(files.values()):
         path = Path(builtin_path("data") if name == "builtin" else name)
-        if path.is_file():
+        if os.path.isfile(path):
             with path.open("rb") as file:
                 size, found = show_size(path.stat().st_size), sha_fileobj(file).hex()
             hashes.append((_code(_short(name)), size, f"`{found}`"))

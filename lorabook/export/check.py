@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from ..data.chat import encode_chat
-from ..data.template import fit_content, render
+from ..data.template import prompt_text
 from ..errors import noted
 from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
 from ..model.adapter import leaves_base
@@ -89,11 +89,8 @@ def _reloaded(info, weights, model, rows):
 
 def _begins_alike(tokenizer, messages, tools, row):
     "Whether the text that is trained begins with what the model is given when it is used."
-    template = tokenizer.get_chat_template(tools=tools)
-    messages = fit_content(template, messages)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    prompt = render(template, messages[:last], tools, add_generation_prompt=True, **names)
+    prompt = prompt_text(tokenizer, messages[:last], tools)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return row["input_ids"][: len(ids)] == ids
 
@@ -148,8 +145,7 @@ def check_adapter(
     adapter_dir: str | Path,  # from `save_model`
     model=None,  # the one that was saved; None: what needs it is not checked
     tokenizer=None,  # of the model; None: that of the folder is not compared
-    rows: list
-    | None = None,  # with `messages`, of the training or the test; None: only one made up
+    rows: list | None = None,  # with `messages`, trained or not; None: only one made up
     fingerprint: str | None = None,  # `base_fingerprint` before the training; None: not checked
 ) -> AdapterCheck:  # raises `ModelError` for a folder that can't be read
     "Check a saved adapter against the model in memory, before that is gone."

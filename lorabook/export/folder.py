@@ -8,7 +8,9 @@ __all__ = ['AdapterInfo', 'read_adapter', 'read_weights', 'attach_adapter', 'own
 # %% ../../nbs/67_export.folder.ipynb #2e2c7c72
 import dataclasses
 import json
+import re
 import warnings
+from itertools import chain
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -80,6 +82,19 @@ def _no_adapter(folder):
     )
 
 
+def _check_patterns(folder, config):
+    "Refuse patterns of layers that could take for ever to match."
+    tables = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    texts = [config.get("target_modules"), config.get("exclude_modules"), *chain(*tables)]
+    for text in texts:
+        if isinstance(text, str) and (len(text) > 1000 or re.search(r"\)\s*[*+{]", text)):
+            raise ModelError(
+                f"{folder} names its layers by a pattern that may take for ever.",
+                f"{text:.80}",
+                "Write the names of the layers in place of a pattern with repeated groups.",
+            )
+
+
 def read_adapter(
     adapter_dir: str | Path,  # from `save_model`, or another with a LoRA of PEFT
 ) -> AdapterInfo:  # raises `ModelError`, and `ConfigError` for a broken run.yaml
@@ -93,6 +108,7 @@ def read_adapter(
     if config.get("peft_type") != "LORA" or not (base and isinstance(base, str)):
         found = f"peft_type: {config.get('peft_type')!r:.40}, base model: {base!r:.80}"
         raise ModelError(f"{folder} is no LoRA of a base model.", found, "Give a LoRA adapter.")
+    _check_patterns(folder, config)
     whole = folder.resolve()
     figures = _read_json(whole.parent / "metrics.json")
     its = Path(str(figures.get("adapter_dir"))).name == whole.name

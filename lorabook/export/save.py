@@ -25,7 +25,7 @@ def adapter_name(
 ) -> str:  # a plain folder name
     "The folder name of an adapter, from its base model's."
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return "my_custom_llm_" + (re.sub(r"[^\w.-]+", "_", last).strip(".") or "model")
+    return "my_custom_llm_" + (re.sub(r"[^\w.-]+", "_", last).strip(".")[:100] or "model")
 
 
 def _name_builtin(path):

@@ -18,7 +18,7 @@ from transformers.integrations import (
 )
 
 from ..config import RunConfig, nearest
-from ..errors import ConfigError
+from ..errors import ConfigError, hide_tokens
 from ..processes import from_first, is_first
 
 # %% ../../nbs/53_train.trackers.ipynb #42a2f363
@@ -76,7 +76,7 @@ class Tracker(TrainerCallback):
         try:
             yield
         except Exception as error:
-            told, self.fault = self.fault, f"{type(error).__name__}: {error}"
+            told, self.fault = self.fault, hide_tokens(f"{type(error).__name__}: {error}")
             if not told:
                 print(
                     f"The tracker `{self.name}` failed in `{event}`, at step {state.global_step}; "
