@@ -45,7 +45,7 @@ def _check_port(host, port):
 
 def _url(host, port, token):
     "Where the page is."
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # nosec B104: asked, not bound
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # nosec B104 # asked, not bound
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{port}/?token={token}"
 

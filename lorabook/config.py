@@ -395,7 +395,7 @@ def _read_yaml(text, where):
             "Give the path of a YAML file with settings.",
         )
     try:
-        return yaml.load(text, _Loader)  # nosec B506: the loader is derived from the safe one
+        return yaml.load(text, _Loader)  # nosec B506 # the loader is derived from the safe one
     except ConfigError:
         raise
     except (RecursionError, ValueError) as error:
@@ -538,7 +538,7 @@ class RunConfig:
         values = self.to_dict()
         dump = functools.partial(yaml.dump, values, Dumper=_Dumper, sort_keys=False, width=120)
         text = dump(allow_unicode=True)
-        if yaml.load(text, _Loader) != values:  # nosec B506: derived from the safe loader
+        if yaml.load(text, _Loader) != values:  # nosec B506 # derived from the safe loader
             text = dump(allow_unicode=False)  # rare separators
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")

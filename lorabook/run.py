@@ -225,7 +225,7 @@ class Run:
         return evaluate(self.model, self.tokenizer, test) if len(test) else None
 
     def _look_at_test(self):
-        "Refuse a test split that can't be used, before the training; what of it is in the training rows."
+        "Refuse a test split that can't be used; count what of it is in the training rows."
         train, test = self.raw["train"], self.raw["test"]
         if not len(test):
             return None

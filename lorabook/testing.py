@@ -59,7 +59,7 @@ def save_tiny_model(
     "A tiny model with the built-in tokenizer, saved as the hub would have it."
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(builtin_path("model"))  # nosec B615: a folder
+    tokenizer = AutoTokenizer.from_pretrained(builtin_path("model"))  # nosec B615 # a folder
     tiny_model(family, len(tokenizer) + 64, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -93,7 +93,7 @@ def in_processes(
 
         debug_launcher(run, num_processes=count)
         texts = [Path(folder, str(i)).read_bytes() for i in range(count)]
-        return list(map(pickle.loads, texts))  # nosec B301: just written by ourselves
+        return list(map(pickle.loads, texts))  # nosec B301 # just written by ourselves
 
 # %% ../nbs/97_testing.ipynb #6665bb80
 _ENGINE = """
@@ -119,5 +119,5 @@ def render_go(
         inputs.append((template, json.dumps(values, ensure_ascii=False)))  # JSON is YAML
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ENGINE, folder]
-        subprocess.run(command, input=json.dumps(inputs), text=True, check=True)  # nosec B603: Go's
+        subprocess.run(command, input=json.dumps(inputs), text=True, check=True)  # nosec B603 # Go's
         return [Path(folder, f"out-{i}").read_bytes().decode() for i in range(len(cases))]

@@ -20,7 +20,7 @@ def run(*command):
     "What a command prints, or None and a line about why it failed."
     try:
         pipes = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
-        done = subprocess.run(command, check=True, **pipes)  # nosec B603: commands of this file
+        done = subprocess.run(command, check=True, **pipes)  # nosec B603 # commands of this file
         return done.stdout
     except (OSError, subprocess.SubprocessError) as error:
         last = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:]

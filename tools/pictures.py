@@ -43,7 +43,7 @@ def main():
             page.write_text(f"<meta charset=utf-8><style>{STYLE}</style>{body}", encoding="utf-8")
             options = [f"--window-size={size}", f"--screenshot={picture}"]
             command = [path, *flags, *options, str(page)]
-            subprocess.run(command, check=True, capture_output=True)  # nosec B603: the browser
+            subprocess.run(command, check=True, capture_output=True)  # nosec B603 # the browser
             print(picture.relative_to(ROOT))
 
 

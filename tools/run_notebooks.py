@@ -73,7 +73,7 @@ def main(paths):
         run(path.resolve(), flags)
         print(f"{time.monotonic() - start:5.0f} s  {path.name}", flush=True)
     clean = Path(sys.executable).parent / "nbdev_clean"
-    subprocess.run([clean], cwd=ROOT, check=True)  # nosec B603: a tool of this environment
+    subprocess.run([clean], cwd=ROOT, check=True)  # nosec B603 # a tool of this environment
 
 
 if __name__ == "__main__":

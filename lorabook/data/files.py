@@ -169,7 +169,7 @@ def _is_hub_id(source):
 def _read_hub(source):
     "Rows of the train split of a dataset on the hub; the library runs no code that comes with it."
     try:
-        rows = load_dataset(source, split="train")  # nosec B615: the newest, as the name says
+        rows = load_dataset(source, split="train")  # nosec B615 # the newest, as the name says
     except Exception as error:
         raise DataError(
             f"The dataset {source!r} can't be loaded from the hub.",

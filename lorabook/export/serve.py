@@ -205,7 +205,7 @@ def _stops(folder, tokenizer):
     "Everything that ends a turn, as text."
     ids = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        more = GenerationConfig.from_pretrained(str(folder)).eos_token_id  # nosec B615: a folder
+        more = GenerationConfig.from_pretrained(str(folder)).eos_token_id  # nosec B615 # a folder
         ids += more if isinstance(more, list) else [more]
     stops = [tokenizer.decode([number]) for number in dict.fromkeys(ids) if number is not None]
     if odd := [stop for stop in stops if '"' in stop or not stop.isprintable()]:

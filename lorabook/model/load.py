@@ -279,7 +279,7 @@ def setup_model(
     options |= dict(use_safetensors=True, output_loading_info=True)
     try:
         _check_shards(path, name, cfg.revision)
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # nosec B615: `revision` is in there
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # nosec B615 # `revision` is in there
     except ModelError:
         raise
     except Exception as error:
