@@ -87,7 +87,7 @@ def _result_page(result):
     parts = []
     if result.comparison:
         title = f"Before and after, on {result.after.rows} unseen conversations"
-        parts += [f"<h4>{title}</h4>", result.comparison._repr_html_()]
+        parts += [f"<h4>{title}</h4>", result.comparison.html(examples=3)]
     if result.checks:
         parts += ["<h4>The adapter in the folder</h4>", result.checks._repr_html_()]
     parts += [

@@ -229,7 +229,8 @@ class Run:
         train, test = self.raw["train"], self.raw["test"]
         if not len(test):
             return None
-        print(*rows_to_test(test, self.tokenizer)[2], sep="\n", end="")
+        for left_out in rows_to_test(test, self.tokenizer)[2]:
+            print(left_out)
         overlap = rows_in_train(train, test)
         print(overlap)
         return overlap

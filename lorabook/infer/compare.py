@@ -190,15 +190,19 @@ class Comparison:
             parts += ["", asked, "  " + marked_text(example.after, example.reference)]
         return visible("\n".join(parts))
 
-    def summary_html(self) -> str:  # HTML
-        "The verdict, and the figures that it rests on."
-        return _summary(self)
+    def html(
+        self,
+        examples: int = 10,  # of those that changed most, and of those that got worse
+    ) -> str:  # HTML
+        "The verdict, the figures that it rests on, and examples."
+        worse = self.worse(self.after.rows)
+        title = f"What got worse ({len(worse)} rows)"
+        worse = _examples_html(title, worse[:examples], self.names)
+        changed = _examples_html("What changed most", self.changes(examples), self.names)
+        return _summary(self) + worse + changed
 
     def _repr_html_(self):
-        more = f"What got worse ({len(self.worse(self.after.rows))} rows)"
-        worse = _examples_html(more, self.worse(5), self.names)
-        changed = _examples_html("What changed most", self.changes(10), self.names)
-        return self.summary_html() + worse + changed
+        return self.html()
 
 
 def compare(

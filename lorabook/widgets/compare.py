@@ -52,7 +52,7 @@ class CompareView(View):
         result,  # a `RunResult`
     ):
         found = result.comparison
-        self.head = found.summary_html() if found else _NO_TEST
+        self.head = found.html(examples=0) if found else _NO_TEST
         self.examples = list(_examples(found)) if found else []
         metric = found.decides.replace("_", " ") if found else ""
         self.legend = f"<p>Better: a higher {metric}. {LEGEND}</p>" if found else ""
