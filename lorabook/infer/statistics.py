@@ -25,7 +25,7 @@ def wilson_interval(
     "Wilson's 95 % interval for a share."
     middle, spread = share + _Z**2 / (2 * n), _Z * sqrt(share * (1 - share) / n + (_Z / n / 2) ** 2)
     ends = ((middle + side * spread) / (1 + _Z**2 / n) for side in (-1, 1))
-    return tuple(min(max(end, 0.0), 1.0) for end in ends)
+    return tuple(float(min(max(end, 0.0), 1.0)) for end in ends)
 
 # %% ../../nbs/49_infer.statistics.ipynb #ea10691d
 _DRAWS, _AT_ONCE = 4000, 2**21  # draws of a bootstrap; numbers that are drawn in one go
