@@ -30,9 +30,13 @@ def test_ten_lines(tmp_path, monkeypatch):
 
 def test_commands_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ran, served = [], []
+    ran, served, folders = [], [], []
     monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
-    monkeypatch.setattr("lorabook.cli._plan", lambda cfg, name, processes: ran.append(cfg))
+    monkeypatch.setattr("lorabook.devices.device_table", lambda cfg, **options: "")
+    monkeypatch.setattr("lorabook.devices.fit", lambda cfg, card, **options: ran.append(cfg))
+    for name in ("terminal.chat_in_terminal", "export.merge.merge_adapter", "records.list_runs"):
+        take = lambda folder, *rest, **options: folders.append(folder)
+        monkeypatch.setattr(f"lorabook.{name}", take)
     launched = lambda function, cfg, *rest, nproc: ran.append(cfg) if nproc == 4 else None
     monkeypatch.setattr("lorabook.train.launch.launch", launched)
     monkeypatch.setattr("lorabook.cli.serve_app", lambda *options: served.append(options))
@@ -45,6 +49,7 @@ def test_commands_are_understood(tmp_path, monkeypatch, capsys):
         if target:
             Path(target.strip()).write_text(capsys.readouterr().out)
     assert len(served) == 1
+    assert folders == ["outputs", *2 * ["outputs/my_custom_llm_builtin"]]
     assert [cfg.model.name for cfg in ran] == [
         "builtin",
         *2 * ["Qwen/Qwen2.5-0.5B-Instruct"],

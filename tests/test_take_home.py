@@ -86,6 +86,7 @@ import peft, transformers.models.llama.modeling_llama
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+merge_adapter(sys.argv[4], sys.argv[2] + "-tiny", check=False)  # loads the libraries
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = memory("VmRSS")
 merge_adapter(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3], check=False)
@@ -95,11 +96,12 @@ print(memory("VmHWM") - before)
 
 def merged_in(tmp_path, fresh, shard, **config):
     "Bytes that merging takes at most, and those of the model."
+    _, tiny = adapted(save_tiny_model(tmp_path / "tiny"), tmp_path)
     name = save_tiny_model(tmp_path / "base", dtype="bfloat16", head_dim=64, **config)
     model, tokenizer = setup_model(name, cfg=ModelSettings(quantization="none", dtype="bfloat16"))
     folder = save_model(setup_lora(model), tokenizer, tmp_path, name)
     del model
-    result = fresh(MEASURED, str(folder), str(tmp_path / "merged"), shard)
+    result = fresh(MEASURED, str(folder), str(tmp_path / "merged"), shard, str(tiny))
     assert result.returncode == 0, result.stderr
     size = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     return int(result.stdout.splitlines()[-1]), size

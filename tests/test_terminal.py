@@ -45,13 +45,15 @@ class Terminal:
     def type(self, text):
         os.write(self.end, text.encode())
 
-    def wait_for(self, text, seconds=120):
-        "Until something new is shown; what was shown until then."
+    def wait_for(self, text, seconds=120, press=""):
+        "Until something new is shown, pressing a key each second; what was shown until then."
         until = time.monotonic() + seconds
         while text not in self.shown[self.read_to :]:
             assert time.monotonic() < until, self.shown
-            if select.select([self.end], [], [], 0.2)[0]:
+            if select.select([self.end], [], [], 1)[0]:
                 self.shown += os.read(self.end, 4096).decode()
+            else:
+                self.type(press)
         start, self.read_to = self.read_to, self.shown.index(text, self.read_to) + len(text)
         return self.shown[start : self.read_to]
 
@@ -96,8 +98,7 @@ def test_conversation(terminal):
     terminal.type("\x03")
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
-    terminal.type("\x03")  # nothing is to be stopped
-    terminal.wait_for("[Ctrl-D or /quit ends]")
+    terminal.wait_for("[Ctrl-D or /quit ends]", press="\x03")  # nothing is to be stopped
     terminal.type("/base\n" + QUESTION + "\n")
     terminal.wait_for(r"\x1b[2J")
     terminal.wait_for("base> ")
