@@ -117,9 +117,14 @@ def _chat(arguments):
 def _merge(arguments):
     "Write a plain model."
     with _loading():
+        from lorabook.data.source import load_and_prepare_data
+        from lorabook.export.folder import read_adapter
         from lorabook.export.merge import merge_adapter
 
-    print(merge_adapter(arguments.adapter, arguments.output_dir, dtype=arguments.dtype))
+    test, run = None, read_adapter(arguments.adapter).run
+    if arguments.test and run:
+        test = load_and_prepare_data(run.data.train_file, run.data, run.seed)["test"]
+    print(merge_adapter(arguments.adapter, arguments.output_dir, arguments.dtype, test=test))
 
 
 def _serve(arguments):
@@ -215,6 +220,7 @@ _COMMANDS = {
         _ADAPTER,
         ("output_dir", dict(help="a new folder for the model")),
         ("--dtype", dict(choices=_DTYPES, default="bfloat16", help="of its weights")),
+        ("--test", _flag("also score adapter and model on the test split of the run")),
     ),
     "serve": (
         _serve,

@@ -13,7 +13,7 @@ from pathlib import Path
 from .config import SECTIONS, RunConfig
 from .describe import show_value
 from .errors import LorabookError
-from .pictures import figure_html, table_html, visible
+from .pictures import figure_html, table_html, table_text, visible
 from .runfolder import RunRecord, read_run
 
 # %% ../nbs/77_records.ipynb #52bfa275
@@ -68,13 +68,6 @@ def _cells(record):
     }
 
 # %% ../nbs/77_records.ipynb #4c137190
-def _text(head, rows):
-    "A table for a terminal."
-    rows = [[visible(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 @dataclasses.dataclass(repr=False)
 class Runs:
     "The runs of a folder. A notebook shows them as a table."
@@ -109,7 +102,7 @@ class Runs:
 
     def __repr__(self):
         head, rows, alike = self._table()
-        table = _text(head, rows) if rows else f"There is no run in {self.folder}."
+        table = table_text(head, rows) if rows else f"There is no run in {self.folder}."
         return "\n".join([table, *self._notes(alike)])
 
     def _repr_html_(self):
@@ -129,7 +122,10 @@ def list_runs(
     "Find the runs in a folder."
     folder, records, faults = Path(folder), [], []
     if not folder.is_dir():
-        raise LorabookError("There is no such folder.", folder, "Give one that holds runs.")
+        todo = (
+            "Give one that holds runs; `lorabook run` writes into `outputs` unless told otherwise."
+        )
+        raise LorabookError("There is no such folder.", folder, todo)
     inside = _folders(folder)
     for path in (folder, *inside, *(deeper for above in inside for deeper in _folders(above))):
         try:
@@ -183,7 +179,7 @@ class RunComparison:
 
     def __repr__(self):
         rows = [row for row in self._rows() if any(row[1:])]
-        return "\n".join([_text(["", *self.names], rows), *self.notes])
+        return "\n".join([table_text(["", *self.names], rows), *self.notes])
 
     def plot(self):  # a matplotlib `Figure`
         "Validation losses over the steps."

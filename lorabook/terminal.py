@@ -63,7 +63,7 @@ _COMMANDS = """\
 /base          the next answers are the base model's
 /adapter       they are the adapter's again
 /system TEXT   a system prompt; without a text: none
-/clear         begin a new conversation
+/clear         begin a new conversation, of which the other side has not seen anything
 /quit          end, as Ctrl-D does"""
 
 

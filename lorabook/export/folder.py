@@ -78,7 +78,7 @@ def _no_adapter(folder):
         f"no {_CONFIG} in it" if folder.is_dir() else "there is no such folder",
         f"Give an adapter in it: {', '.join(inside)}."
         if inside
-        else "Give the folder that `save_model` returned, or another with a LoRA of PEFT.",
+        else "Give the folder of an adapter, in which adapter_config.json is.",
     )
 
 

@@ -24,7 +24,7 @@ from .save import load_adapter
 from ..infer.evaluate import evaluate, show_score
 from ..model.load import setup_model
 from ..model.shards import whole_folder, write_shards
-from ..pictures import show_size, table_html
+from ..pictures import show_size, table_html, table_text
 
 # %% ../../nbs/72_export.merge.ipynb #d5fe0281
 _CHATS = ["Hello!", "What can you do?", "Explain it in one sentence.", "1 + 1 = "]
@@ -75,8 +75,8 @@ class Merged:
             yield ("on the test split", *self.scores), rows
 
     def __str__(self):
-        lines = ["   ".join(row) for head, rows in self._tables() for row in (head, *rows)]
-        return "\n".join([*lines, f"folder: {self.folder}"])
+        tables = "\n\n".join(table_text(*table) for table in self._tables())
+        return f"{tables}\n\nfolder: {self.folder}"
 
     def _repr_html_(self):
         tables = "".join(table_html(*table) for table in self._tables())
@@ -144,7 +144,8 @@ def _check_empty(folder):
     "Refuse to write into a place where something is."
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         todo = "Give a new folder; nothing is replaced."
-        raise ModelError(f"{folder} is not empty.", "files", todo)
+        found = "a file" if folder.is_file() else f"{len(list(folder.iterdir()))} files"
+        raise ModelError(f"{folder} is there already.", found, todo)
 
 
 def merge_adapter(

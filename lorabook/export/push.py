@@ -119,7 +119,9 @@ class Upload:
         return f"{'Sent' if self.url else 'Would be sent'} to {self.repo_id} ({who}): {what}."
 
     def _end(self):
-        return self.url or "Nothing was sent: this is a dry run. `dry_run=False` sends it."
+        return (
+            self.url or "Nothing was sent: this is a dry run. `dry_run=False` (`--yes`) sends it."
+        )
 
     def __str__(self):
         lines = [f"  {show_size(size):>8}  {name}" for name, size in self.files.items()]
@@ -164,8 +166,13 @@ def _check_names(folder, repo_id):
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         todo = "Give the folder of an adapter or a merged model."
         raise ModelError(f"{folder} holds no adapter and no model.", "no config in it", todo)
+    if not any(folder.glob("*.safetensors")):
+        todo = "Copy the folder again, or save it again."
+        raise ModelError(f"{folder} holds no weights.", "no *.safetensors in it", todo)
     try:
         validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError(f"{repo_id!r} has no owner")
     except HFValidationError as error:
         raise ModelError("This is no name on the hub.", error, "Write `owner/name`.") from None
 

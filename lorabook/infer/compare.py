@@ -10,6 +10,7 @@ import dataclasses
 import math
 from functools import cached_property
 from html import escape
+from textwrap import shorten
 
 from ..data.template import text_of
 from ..errors import DataError
@@ -17,7 +18,7 @@ from .evaluate import Scores
 from .marks import LEGEND, example_html, marked_text
 from .metrics import METRICS
 from .statistics import Measure, show_interval
-from ..pictures import table_html, text_html, visible
+from ..pictures import table_html, table_text, text_html, visible
 
 # %% ../../nbs/52_infer.compare.ipynb #737f602f
 def _decides(measures):
@@ -121,7 +122,9 @@ class Comparison:
             judge=self.measures[self.decides],
             loss=self.measures["loss"],
             train_loss=self.train_loss,
-            prompt=text_of(row.prompt[-1].get("content"))[-60:] if row else "",
+            prompt=shorten(text_of(row.prompt[-1].get("content")), 60, placeholder=" …")
+            if row
+            else "",
             answer=row.after[:60] if row else "",
         )
 
@@ -179,10 +182,7 @@ class Comparison:
         return f"Comparison({self.kind}: {self.names[1]} against {self.names[0]})"
 
     def __str__(self):
-        head, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        line = lambda cells: "  ".join(f"{c:<{w}}" for c, w in zip(cells, widths)).rstrip()
-        parts = [self.verdict, *self.warnings, "", *map(line, [head, *rows]), "", *self.left_out]
+        parts = [self.verdict, *self.warnings, "", table_text(*self._table()), "", *self.left_out]
         worse = self.worse(3)
         parts += ["What got worse:"] * bool(worse)
         for example in worse:

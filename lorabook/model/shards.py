@@ -141,6 +141,10 @@ def whole_folder(
             found = f"{show_size(free)} free, {show_size(size)} needed"
             raise ModelError(f"There is no room for {target}.", found, todo)
         yield beside
+        (beside / ".new").touch()  # it may be read by whoever may read new files of this user
+        for path in beside.glob("*.safetensors"):  # which are written for this user alone
+            shutil.copymode(beside / ".new", path)
+        (beside / ".new").unlink()
         if target.exists():
             target.rename(older)
         beside.rename(target)
