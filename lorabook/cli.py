@@ -121,8 +121,8 @@ def _merge(arguments):
         from lorabook.export.folder import read_adapter
         from lorabook.export.merge import merge_adapter
 
-    test, run = None, read_adapter(arguments.adapter).run
-    if arguments.test and run:
+    test = None
+    if arguments.test and (run := read_adapter(arguments.adapter).run):
         test = load_and_prepare_data(run.data.train_file, run.data, run.seed)["test"]
     print(merge_adapter(arguments.adapter, arguments.output_dir, arguments.dtype, test=test))
 
