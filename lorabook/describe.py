@@ -61,7 +61,8 @@ def _in_words(schema):
         return ", ".join(values)
     if schema["type"] == "array":
         return f"[{_in_words(schema['items'])}, ...]"
-    bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS.items() if key in schema]
+    limits = {key: bound for key, bound in schema.items() if bound != 2**31}  # 32 bits: no news
+    bounds = [f"{word} {limits[key]}" for key, word in _BOUNDS.items() if key in limits]
     return " ".join([_KINDS[schema["type"]], " and ".join(bounds)]).strip()
 
 
