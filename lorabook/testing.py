@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import debug_launcher
+from torch.multiprocessing import ProcessRaisedException
 
 from .config import builtin_path
 from .processes import process_number
@@ -91,7 +92,15 @@ def in_processes(
             result = function()
             Path(folder, str(process_number())).write_bytes(pickle.dumps(result))
 
-        debug_launcher(run, num_processes=count)
+        for tries_left in (2, 1, 0):
+            try:
+                debug_launcher(run, num_processes=count)
+                break
+            except (
+                ProcessRaisedException
+            ) as error:  # gloo's own greeting fails once in a long while
+                if not tries_left or "connectFullMesh failed" not in str(error):
+                    raise
         texts = [Path(folder, str(i)).read_bytes() for i in range(count)]
         return list(map(pickle.loads, texts))  # nosec B301 # just written by ourselves
 
