@@ -30,7 +30,6 @@ _HOME = {  # public name -> the module that defines it; loaded on first use
     "generate": "infer.generate",
     "chat": "infer.generate",
     "evaluate": "infer.evaluate",
-    "slices": "infer.evaluate",
     "compare": "infer.compare",
     "create_trainer": "train.trainer",
     "train_loop": "train.loop",

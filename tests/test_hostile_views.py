@@ -156,8 +156,9 @@ def scores(answers):
     rows = [([{"role": t, "content": t}], t, Answer(a, False)) for t, a in zip(texts, answers)]
     return Scores.from_answers(rows, [(1.0, 1)] * len(rows))
 
-ones = {k: None for k in ("history", "memory", "trainable", "seconds")}
-result = RunResult(NAME, scores(texts[::-1]), scores([t + NAME for t in texts]), config=cfg, **ones)
+ones = {k: None for k in ("memory", "trainable", "seconds")}
+tested = scores(texts[::-1]), scores([t + NAME for t in texts])
+result = RunResult(NAME, *tested, history=history, config=cfg, **ones)
 compare = CompareView(result)
 compare.shown.add_class("compared")
 compare.panel.add_class("comparing")

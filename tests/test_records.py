@@ -29,7 +29,8 @@ class Look(TrainerCallback):
 @pytest.fixture(scope="module")
 def run(rows, tmp_path_factory):
     "A folder with a finished run, its result, and the states that it was in."
-    home = tmp_path_factory.mktemp("runs")
+    home = tmp_path_factory.mktemp("all") / "runs"
+    home.mkdir()
     short = "max_steps=4", "batch_size=2", "gradient_accumulation_steps=1", "logging_steps=2"
     changes = [f"data.train_file={rows}", "data.split=[8,1,1]", "model.quantization=none"]
     changes += [f"training.{change}" for change in short]

@@ -110,9 +110,9 @@ def merged_in(tmp_path, fresh, shard, **config):
 def test_memory_of_a_merge(tmp_path, fresh):
     shapes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=10)
     heads = dict(num_attention_heads=16, num_key_value_heads=8)
-    peak, size = merged_in(tmp_path, fresh, "128MB", **shapes, **heads)
+    peak, size = merged_in(tmp_path, fresh, "200MB", **shapes, **heads)
     assert size > 300e6
-    assert peak < 2 * 128e6, f"{peak / 1e6:.0f} MB"
+    assert peak < 2 * 200e6, f"{peak / 1e6:.0f} MB"
 
 
 @pytest.mark.slow
