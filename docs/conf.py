@@ -10,9 +10,9 @@ settings = get_config()
 project = title = settings.title
 author, copyright = settings.author, settings.copyright
 language = "en"
-extensions = ["myst_nb", "sphinx.ext.githubpages"]
+extensions = ["myst_nb", "sphinx_design", "sphinx.ext.githubpages"]
 
-myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # what is shown is what was saved
 nb_merge_streams = True
