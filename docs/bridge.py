@@ -109,7 +109,7 @@ def link(text, path, documented):
         file = (path.parent / plain.split("#")[0]).resolve() if target else NBS
         if file.exists() and not file.is_relative_to(NBS):
             return match[0].replace(f"({target})", f"({on_github(file, test)})")
-        return match[0]
+        return match[0].replace("index.ipynb", "index.md")  # the landing page is no notebook
 
     parts = FENCE.split(text)  # prose and code in turn
     return "".join(part if i % 2 else MENTION.sub(replace, part) for i, part in enumerate(parts))

@@ -37,7 +37,8 @@ def landing(notebooks):
 def texts(notebooks, documented):
     "All pages that are not notebooks: {path: text}."
     own = {path.name: read(path) for path in sorted((ROOT / "docs/pages").glob("*.md"))}
-    own["benchmarks.md"] += read("benchmarks/LOG.md").partition("\n")[2]
+    log = read("benchmarks/LOG.md").partition("\n")[2]
+    own["benchmarks.md"] += re.sub("^#", "##", log, flags=re.M)
     del own["front.md"]
     written = {"index.md": landing(notebooks), "changelog.md": read("CHANGELOG.md")}
     return written | own | book(notebooks) | reference(notebooks, documented)
