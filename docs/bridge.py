@@ -46,10 +46,10 @@ def title_and_lead(nb):
 
 
 def process(path):
-    "A notebook for myst-nb, and the names that it documents: {name: path}."
+    "A notebook for myst-nb, and the names that it documents: {name: anchor}."
     processor = NBProcessor(path, [hide_line, filter_stream_, rm_header_dash, add_show_docs])
     processor.process()
-    nb, cells, documented = processor.nb, [], {}
+    nb, cells = processor.nb, []
     level, at, space = 1, 0, {}  # of the last heading; of the last export cell; its module
     for cell in nb.cells:
         directives = {" ".join([name, *args]) for name, args in cell.directives_.items()}
@@ -63,7 +63,6 @@ def process(path):
             cells.append(cell)
         elif cell.source.startswith("show_doc("):
             text = eval(cell.source, {**space, "show_doc": show_doc})
-            documented[re.search("`(.+?)`", text)[1]] = path
             text = "#" * (min(level, 3) + 1) + text.lstrip("#")
             # nbdev puts the names of an export cell after it, the last one first
             cells.insert(at if "has_sd" in cell else len(cells), mk_cell(text, "markdown"))
@@ -76,7 +75,19 @@ def process(path):
             cells.append(cell)
     nb.cells = cells
     nb.metadata.pop("widgets", None)
-    return nb, documented
+    return nb, anchors(cells)
+
+
+def anchors(cells):
+    "The anchors of the names that have a heading; `workload` is another than `Workload`."
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    names = re.findall(r"^#+ `([A-Za-z_][\w.]*)`$", "\n".join(texts), re.M)
+    slugs, found = [], {}
+    for name in names:
+        slugs.append(name.lower().replace(".", ""))
+        before = slugs[:-1].count(slugs[-1])
+        found[name] = f"{slugs[-1]}-{before}" if before else slugs[-1]
+    return found
 
 
 def show_lead(text):
@@ -103,8 +114,8 @@ def link(text, path, documented):
         target, name = match[1], match[2] or ""
         name = name if name in documented else name.split(".")[0]
         if name in documented:
-            page = os.path.relpath(documented[name], path.parent)
-            return f"[{match[0]}]({page}#{name.lower().replace('.', '')})"
+            page, anchor = documented[name]
+            return f"[{match[0]}]({os.path.relpath(page, path.parent)}#{anchor})"
         plain, _, test = (target or "").partition("::")
         file = (path.parent / plain.split("#")[0]).resolve() if target else NBS
         if file.exists() and not file.is_relative_to(NBS):

@@ -25,19 +25,24 @@ def read(path):
 
 
 def landing(notebooks):
-    "The landing page: the README's text, and between its summary and the rest the doors."
-    (readme,) = (cell.source for cell in notebooks["index.ipynb"].cells)
-    title, lead, rest = readme.split("\n\n", 2)
+    "The landing page: the README, in which the doors take the place of what follows its picture."
+    parts = []
+    for cell in notebooks["index.ipynb"].cells:
+        outputs = (o["data"]["text/markdown"] for o in cell.get("outputs", ()))
+        parts += [cell.source] if cell.cell_type == "markdown" else map("".join, outputs)
+    opening, rest = "\n\n".join(parts).split("\n## ", 1)
+    opening = re.match(r"(.*?!\[.*?\)\n|.*)", opening, re.S)[1]
     front = read("docs/pages/front.md")
     for door, patterns in {"guides": ["guides/*"], "recipes": RECIPES}.items():
         front = front.replace(f"<!-- {door} -->", listing(matching(notebooks, *patterns)))
-    return "\n\n".join((title, lead, front, rest, sidebar(notebooks)))
+    return f"{opening}\n{front}\n## {rest}\n\n{sidebar(notebooks)}"
 
 
 def texts(notebooks, documented):
     "All pages that are not notebooks: {path: text}."
     own = {path.name: read(path) for path in sorted((ROOT / "docs/pages").glob("*.md"))}
     log = read("benchmarks/LOG.md").partition("\n")[2]
+    log = re.sub(r"\n(?=Expected|Result)", "\n\n", log)
     own["benchmarks.md"] += re.sub("^#", "##", log, flags=re.M)
     del own["front.md"]
     written = {"index.md": landing(notebooks), "changelog.md": read("CHANGELOG.md")}
@@ -52,7 +57,7 @@ def write_pages():
         ROOT / "benchmarks/results", PAGES / "results", ignore=shutil.ignore_patterns("*.json")
     )
     made = {path: process(path) for path in sorted(nbglob(as_path=True))}
-    documented = {name: path for path, (_, names) in made.items() for name in names}
+    documented = {name: (path, at) for path, (_, names) in made.items() for name, at in names.items()}
     notebooks = {path.relative_to(NBS).as_posix(): nb for path, (nb, _) in made.items()}
     for path, text in texts(notebooks, documented).items():
         (PAGES / path).parent.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from bridge import title_and_lead
 
 RECIPES = ("guides/03*", "recipes/*", "guides/04*", "guides/07*")
-REFERENCE = ("reference/index", "what_goes_wrong", "benchmarks", "glossary", "changelog")
+REFERENCE = ("reference/index", "What goes wrong <what_goes_wrong>", "benchmarks", "glossary", "changelog")
 PARTS = {  # page: the number of its first chapter, its title, what it is about
     "foundations": (0, "Foundations", """What everything else stands on: errors that say what to
         do, one config for a whole run, what the machine can do, and how memory is measured."""),
@@ -67,7 +67,7 @@ def book(notebooks):
 def sidebar(notebooks):
     "The four ways through the site."
     guides, recipes = (matching(notebooks, *p) for p in (("guides/*",), RECIPES))
-    parts = ["book/index", *(f"book/{page}" for page in PARTS)]
+    parts = ["All chapters <book/index>", *(f"book/{page}" for page in PARTS)]
     return "\n".join(
         toctree(entries, caption)
         for caption, entries in {

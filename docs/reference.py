@@ -5,7 +5,7 @@ from importlib import import_module
 
 import lorabook
 from api import show_doc, table
-from bridge import ROOT, on_github
+from bridge import NBS, ROOT, on_github
 from contents import PARTS, part_of, toctree
 
 OTHERS = "other"  # the page of the modules that are in no package
@@ -28,8 +28,9 @@ def source(obj):
 
 def entry(name, obj, notebook, documented):
     "All about one name: a chapter's text on it, with links to the chapter and the source."
-    anchor = f"#{name.lower()}" if name in documented else ""
-    links = f"[Chapter](../{notebook}{anchor}) · [Source]({source(obj)})"
+    path, anchor = documented.get(name, (None, ""))
+    at = f"#{anchor}" if path == NBS / notebook else ""
+    links = f"[Chapter](../{notebook}{at}) · [Source]({source(obj)})"
     head, _, rest = show_doc(obj, name).partition("\n\n")
     return f"{head}\n\n{links}\n\n{rest}\n"
 

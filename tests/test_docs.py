@@ -1,13 +1,205 @@
-"""The docs site builds from the notebooks, with warnings as errors."""
+"""The docs site: it builds without a warning, its links lead somewhere, its pages work anywhere."""
 
+import functools
+import http.server
+import os
+import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
+import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT
+from nbdev.config import get_config
+
+CONFIG = get_config(ROOT)
+SITE = ROOT / CONFIG["doc_path"].name
+REPOSITORY = CONFIG["git_url"], f"{CONFIG['user']}/{CONFIG['repo']}", CONFIG["branch"]
+PHONE = dict(width=390, height=844)
 
 
-def test_build():
+@pytest.fixture(scope="module")
+def built():
+    "The site, built anew."
     command = [sys.executable, ROOT / "docs" / "build.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert (ROOT / "_docs" / "index.html").exists()
+    return SITE
+
+
+@pytest.fixture(scope="module")
+def pages(built):
+    "{path: parsed page}, without those that only lead on."
+    found = {
+        path.relative_to(built).as_posix(): BeautifulSoup(path.read_bytes(), "html.parser")
+        for path in sorted(built.rglob("*.html"))
+        if "_static" not in path.parts
+    }
+    return {path: page for path, page in found.items() if page.select_one("main")}
+
+
+@pytest.fixture(scope="module")
+def ids(pages):
+    "{path: the anchors of the page}"
+    return {path: {tag["id"] for tag in page.select("[id]")} for path, page in pages.items()}
+
+
+def targets(page):
+    "What a page refers to."
+    for name in ("href", "src"):
+        yield from (tag[name] for tag in page.select(f"[{name}]"))
+
+
+def missing(target, path, ids):
+    "Whether an address on the page at `path` leads nowhere in the site."
+    address, anchor = urldefrag(urljoin(path, target))
+    address = unquote(address) or path
+    if address in ids:
+        return bool(anchor) and anchor not in ids[address]
+    return not (SITE / address).is_file()
+
+
+def test_every_chapter_has_a_page(pages):
+    notebooks = {p.relative_to(ROOT / "nbs") for p in (ROOT / "nbs").rglob("*.ipynb")}
+    notebooks = {p for p in notebooks if not {"outputs", ".ipynb_checkpoints"} & set(p.parts)}
+    assert {p.with_suffix(".html").as_posix() for p in notebooks} <= set(pages)
+    linked = {urljoin("index.html", target) for target in targets(pages["index.html"])}
+    for path in notebooks - {Path("index.ipynb")}:
+        assert path.with_suffix(".html").as_posix() in linked, f"{path} is not in the sidebar"
+
+
+def test_links_and_anchors(pages, ids):
+    internal = {
+        (path, target)
+        for path, page in pages.items()
+        for target in targets(page)
+        if not urlsplit(target).scheme
+    }
+    assert len(internal) > 1000
+    assert [(path, t) for path, t in sorted(internal) if missing(t, path, ids)] == []
+    assert missing("index.html#nothing", "glossary.html", ids)
+    assert missing("nothing.html", "glossary.html", ids)
+
+
+def broken(url):
+    "Whether an address of our repository, on GitHub or Colab, leads to no file or line of it."
+    home, name, branch = REPOSITORY
+    start = rf"(?:{home}/(?:blob|tree)|https://colab.research.google.com/github/{name}/blob)/{branch}/"
+    if not (match := re.fullmatch(start + r"([^#]*)(?:#L(\d+))?", url)):
+        return url not in (home, f"{home}/issues", f"{home}/releases")
+    path, line = ROOT / unquote(match[1]), int(match[2] or 0)
+    return not path.exists() or line > 0 and line > len(path.read_bytes().splitlines())
+
+
+def test_files_of_the_repository(pages):
+    home, name, _ = REPOSITORY
+    urls = {t for page in pages.values() for t in targets(page) if home in t or f"/{name}/" in t}
+    assert sorted(url for url in urls if "issues/new" not in url and broken(url)) == []
+    assert broken(f"{home}/blob/main/nothing.py")
+    assert broken(f"{home}/blob/main/setup.py#L9999")
+
+
+def test_source_lines(pages):
+    "A link to the source of a name leads to the line that defines it."
+    seen = 0
+    for path, page in pages.items():
+        for link in page.select("a[href*='#L']") if path.startswith("reference/") else ():
+            url, _, line = link["href"].partition("#L")
+            file = ROOT / url.split(f"/blob/{CONFIG['branch']}/")[1]
+            code = file.read_text(encoding="utf-8").splitlines()[int(line) - 1 :][:6]
+            name = link.find_previous(["h3"]).get_text().rstrip("#¶")
+            assert any(re.search(rf"(def|class) {name}\b", text) for text in code), name
+            seen += 1
+    assert seen > 200
+
+
+def test_colab(pages):
+    "Notebooks, and only these, have a button that opens them."
+    for path, page in pages.items():
+        notebook = ROOT / "nbs" / Path(path).with_suffix(".ipynb")
+        buttons = [t for t in targets(page) if t.startswith("https://colab.")]
+        expected = notebook.exists() and notebook.name != "index.ipynb"
+        assert bool(buttons) == expected, path
+        assert all(url.endswith(notebook.relative_to(ROOT).as_posix()) for url in buttons)
+
+
+@pytest.fixture(scope="module")
+def server(built):
+    "The address of the site, served."
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=built)
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def watched(chromium):
+    "(a page as on a phone, the problems that it has met)."
+    page, problems = chromium.new_page(), []
+    page.set_viewport_size(PHONE)
+    page.on("pageerror", lambda error: problems.append(f"{page.url}: {error}"))
+    page.on("console", lambda m: m.type == "error" and problems.append(f"{page.url}: {m.text}"))
+    page.on("requestfailed", lambda request: problems.append(f"{page.url} asks {request.url}"))
+    yield page, problems
+    page.close()
+
+
+def asks_others(page, problems):
+    "Note each request to another host."
+    ours = (None, "localhost", "127.0.0.1")
+
+    def look(request):
+        if urlsplit(request.url).hostname not in ours:
+            problems.append(f"{page.url} asks {request.url}")
+
+    page.on("request", look)
+
+
+WIDE = """() => [...document.querySelectorAll('main *')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.hidden'))
+    .slice(0, 3).map(e => e.outerHTML.slice(0, 80))"""
+OVERFLOW = "() => document.documentElement.scrollWidth > innerWidth"
+
+
+def test_pages_in_a_browser(server, watched, pages):
+    "No page asks another host, has an error, or is wider than a phone."
+    page, problems = watched
+    asks_others(page, problems)
+    for path in pages:
+        page.goto(server + path)
+        if page.evaluate(OVERFLOW):
+            problems.append(f"{path} is too wide: {page.evaluate(WIDE)}")
+    assert problems == []
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["served", "file"])
+def test_search(from_file, server, watched, built):
+    "What is looked for is found, without a server too."
+    page, _ = watched
+    start = built.as_uri() + "/" if from_file else server
+    page.goto(start + "search.html?q=packing")
+    results = page.locator("#search-results li a")
+    results.first.wait_for()
+    page.wait_for_function("document.querySelectorAll('#search-results li a').length > 5")
+    assert "34_data.pack.html" in " ".join(a.get_attribute("href") for a in results.all())
+    results.first.click()
+    assert "packing" in page.locator("main").inner_text().lower()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out(theme, server, watched):
+    "Text has enough contrast, in outputs too, where the notebook chose colours."
+    page, _ = watched
+    page.emulate_media(color_scheme=theme)
+    page.goto(server + "32_data.chat.html")
+    colour = "e => getComputedStyle(e).color"
+    ground = page.evaluate(f"({colour.replace('color', 'backgroundColor')})(document.body)")
+    for part in ("article p", "article pre", "article .cell_output"):
+        text = page.locator(part).first.evaluate(colour)
+        light = lambda rgb: sum(map(int, re.findall(r"\d+", rgb)[:3]))
+        assert abs(light(text) - light(ground)) > 300, (part, text, ground)
