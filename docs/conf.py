@@ -34,6 +34,7 @@ html_baseurl = f"{settings.doc_host}{settings.doc_baseurl}/"
 html_static_path = ["_static", str(mathjax)]
 html_css_files = ["book.css"]
 html_copy_source = False  # the notebook to run is the one in the repository
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {
     "repository_url": settings.git_url,
     "repository_branch": settings.branch,
