@@ -219,6 +219,6 @@ def compare_runs(
         raise LorabookError("This is no folder of a run.", ", ".join(missing), todo)
     if len(records) < 2:
         raise LorabookError("There is nothing to compare.", len(records), "Give two runs or more.")
-    names = [record.folder.resolve().name for record in records]
+    names = [Path(folder).resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return RunComparison(names if unique else list(map(str, folders)), records)

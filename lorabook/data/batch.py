@@ -102,7 +102,7 @@ def _encode_batch(batch, numbers, split, **options):
 _FILES = sorted(Path(inspect.getfile(encode_chats)).parent.glob("*.py"))
 _SOURCE = [  # read when this module is loaded: the code that runs, not the file as it is later
     *(path.read_text(encoding="utf-8") for path in _FILES),
-    *map(inspect.getsource, (encode_rows, _shorten)),
+    *(inspect.getsource(function) for function in (encode_rows, _shorten)),
 ]
 
 
@@ -335,8 +335,7 @@ def check_columns(
 ):  # raises `DataError`
     "Refuse rows that an earlier stage has not made."
     columns = getattr(rows, "column_names", None)
-    missing = [column for column in needed if columns is not None and column not in columns]
-    if missing:
+    if columns is not None and (missing := [name for name in needed if name not in columns]):
         raise DataError(
             f"The rows of `{name}` have no column `{missing[0]}`.",
             f"columns: {', '.join(columns) or 'none'}",

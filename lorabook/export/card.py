@@ -142,7 +142,8 @@ def _licence(model):
         return "`apache-2.0`"
     path = Path(model.name, "README.md")
     if hub := _hub_id(model.name):
-        path = try_to_load_from_cache(hub, "README.md", revision=model.revision)
+        cached = try_to_load_from_cache(hub, "README.md", revision=model.revision)
+        path = Path(cached) if isinstance(cached, str) else path
     try:
         said = ModelCard.load(path).data.license
     except Exception:  # it is not here, or not to be understood
@@ -247,7 +248,7 @@ def _head(title, cfg, figures):
     "What the hub reads: names that it knows, and the scores."
     source = cfg.data.test_file or cfg.data.train_file
     name = dict(dataset_type=_hub_id(source) or "local", dataset_name=f"{_short(source)}, test")
-    of = dict(task_type="text-generation", dataset_split="test", **name)
+    of: dict = dict(task_type="text-generation", dataset_split="test", **name)
     scores = _numbers(figures.get("after", {})).items()
     results = [EvalResult(metric_type=key, metric_value=round(n, 4), **of) for key, n in scores]
     return ModelCardData(

@@ -116,8 +116,8 @@ def setup_lora(
             "Set `model.quantization: none`, or leave `lora.init_lora_weights` out.",
         )
     targets = find_targets(model, cfg.target_modules)
-    layers = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
-    layers = [name for name in layers if name and not name.isdigit()]
+    names = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
+    layers = [name for name in names if name and not name.isdigit()]
     for name in cfg.modules_to_save or []:
         if name not in layers:
             raise _no_such_layer(model, "modules_to_save", name, layers)

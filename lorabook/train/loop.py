@@ -281,7 +281,7 @@ def train_loop(
         for micro_batches in run.micro_batches(train, collate):
             run.tell("on_step_begin")
             count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
-            summed = 0.0
+            summed = torch.zeros((), device=model.device)
             for batch in micro_batches:
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 with autocast():

@@ -7,6 +7,8 @@ __all__ = ['share_batch', 'EvenRows', 'ThenBlanks', 'trained_parameters', 'start
            'share_layers']
 
 # %% ../../nbs/54_train.parallel.ipynb #a3fd5e72
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
@@ -123,7 +125,7 @@ def is_shared(
 def _call_floats(layer):
     "Let packed 4-bit weights be called 16-bit numbers."
     for module in layer.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ == "Params4bit":
             weight.data = weight.data.flatten().view(torch.bfloat16)[:, None]
             weight.quant_storage = module.quant_storage = torch.bfloat16
