@@ -190,7 +190,7 @@ def _reasons(cfg, chosen, plan, device):
     if cfg.model.quantization == "auto":
         why = {
             "none": "16-bit weights fit, and need not be unpacked"
-            if device.device != "cpu"
+            if choose_quantization("auto", device) != "none"
             else "4-bit weights can't be used here",
             "nf4": "4-bit weights cost no time on a CPU"
             if device.device == "cpu"
