@@ -15,7 +15,14 @@ import numpy as np
 
 from .config import RunConfig, as_config
 from .errors import HardwareError, PlanError
-from .hardware import DEVICES, Hardware, choose_quantization, find_device
+from lorabook.hardware import (
+    DEVICES,
+    Hardware,
+    choose_quantization,
+    compute_dtype,
+    find_device,
+    packed_attention,
+)
 from .memory import memory_now
 from .model.load import load_config
 from .pictures import show_size, table_html
@@ -122,8 +129,9 @@ def device_table(
     sizes, rows = {}, []
     for device in map(find_device, devices or [*DEVICES, None]):
         work, memory = workload(cfg, device, processes or process_count()), device.memory_bytes
-        key = (device.device, choose_quantization(cfg.model.quantization, device), work)
-        if key not in sizes:  # the cards of a kind differ in their size only
+        kind = choose_quantization(cfg.model.quantization, device)
+        key = (device.device, kind, compute_dtype(device), packed_attention(device), work)
+        if key not in sizes:  # cards that compute alike differ in their size only
             sizes[key] = SizeModel(config, cfg, work, device)
         longest = sizes[key].largest(memory, limit, rows=work.rows)
         most = sizes[key].largest(memory, _MOST_ROWS, length=work.length)
@@ -190,7 +198,7 @@ def _reasons(cfg, chosen, plan, device):
     if cfg.model.quantization == "auto":
         why = {
             "none": "16-bit weights fit, and need not be unpacked"
-            if device.device != "cpu"
+            if choose_quantization("auto", device) != "none"
             else "4-bit weights can't be used here",
             "nf4": "4-bit weights cost no time on a CPU"
             if device.device == "cpu"

@@ -59,9 +59,7 @@ def detect_hardware() -> Hardware:  # the first accelerator that torch can use, 
         found = torch.xpu.get_device_properties(0)
         return Hardware("xpu", found.name, torch.xpu.device_count(), found.total_memory)
     if torch.backends.mps.is_available():
-        return Hardware(
-            "mps", platform.processor() or "Apple GPU", 1, torch.mps.recommended_max_memory()
-        )
+        return Hardware("mps", "Apple GPU", 1, torch.mps.recommended_max_memory())
     return Hardware(
         "cpu", f"{platform.machine()}, {os.cpu_count()} cores", 1, psutil.virtual_memory().total
     )
@@ -104,7 +102,7 @@ def choose_quantization(
     if importlib.util.find_spec("bitsandbytes") is None:
         problem = "bitsandbytes is not installed"
     elif hardware.device == "mps":
-        problem = "bitsandbytes has no fast kernels for Apple GPUs"
+        problem = "bitsandbytes brings no kernels of its own for Apple GPUs"
     elif hardware.capability and hardware.capability < (6, 0):
         problem = f"compute capability {hardware.capability} is below 6.0"
     if problem is None:

@@ -10,6 +10,7 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import random
 import tempfile
 from collections.abc import Hashable, Sequence
@@ -161,6 +162,7 @@ class _Source:
 # %% ../../nbs/30_data.source.ipynb #0049b478
 def _read_conversations(source, key, system_prompt, problems=None):
     "The conversations of a source and a digest of each prompt; prints what was found."
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = source if isinstance(source, str) else "rows"
     rows = read_rows(source, key, problems)
     bar = tqdm(rows, desc=f"read {name}", unit=" rows", delay=1, leave=False)
@@ -278,7 +280,7 @@ def _report_near(splits, groups, pairs, data):
 
 
 def load_and_prepare_data(
-    train_file: str | list = "builtin",  # `builtin`, a path, or a hub dataset; or a list of rows
+    train_file: str | Path | list = "builtin",  # `builtin`, a path or a hub dataset; or rows
     cfg: DataSettings | None = None,  # split, validation_file, test_file and system_prompt are used
     seed: int = 42,  # of the split
     problems: list | None = None,  # gets what is wrong, and bad rows are left out; None: it raises

@@ -215,8 +215,8 @@ def _device_map(cfg, hardware):
     "Where the weights go: all of one model to the card of this process, if there are several."
     if cfg.device_map != "auto":
         return cfg.device_map
-    if hardware.device == "cpu":
-        return {"": "cpu"}
+    if hardware.device in ("cpu", "mps"):  # `auto` would put on disk what it thinks doesn't fit
+        return {"": hardware.device}
     return {"": torch.accelerator.current_device_index()} if process_count() > 1 else "auto"
 
 

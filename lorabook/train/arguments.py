@@ -133,7 +133,7 @@ def training_arguments(
         learning_rate=suggest_learning_rate(model) if auto_rate else cfg.learning_rate,
         **_checkpointing(recomputed(cfg, on_cpu) == 1),
         **_sampling(by_length),
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=weight.device.type in ("cuda", "xpu"),
     )
     try:
         return TrainingArguments(**values | _passed_through(cfg))

@@ -22,6 +22,7 @@ from ..data.batch import PadCollator, check_columns, needs_mask
 from ..data.pack import PackCollator, check_packing
 from ..errors import ConfigError, TrainingError, TrainingStopped
 from ..hardware import packed_attention
+from ..infer.heldout import longest_input
 from ..memory import keep_freed_memory
 from ..model.adapter import recompute_layers
 from ..model.attention import use_varlen
@@ -224,6 +225,18 @@ def _check_trained(model):
         )
 
 
+def _say_too_long(model, rows):
+    "Say so if rows are longer than the model was made for; what is packed counts anew."
+    columns, limit = getattr(rows, "column_names", ()), longest_input(model)
+    longest = 0 if "position_ids" in columns or "length" not in columns else max(rows["length"])
+    if longest > limit:
+        print(
+            f"warning: the longest row has {longest:,} tokens, and the model was made for "
+            f"{limit:,} (`max_position_embeddings`). What comes after them stands at positions "
+            "that it has never seen. Lower `model.max_length`, or take a model for longer texts."
+        )
+
+
 def _make_fast(model, cfg, arguments):
     "What to recompute, faster layers, and on a CPU memory that stays with the process."
     share = recomputed(cfg, arguments.use_cpu)
@@ -266,6 +279,7 @@ def make_ready(
         print("`training.fsdp` changes nothing in one process; `lorabook launch` starts several.")
     for name, rows in {"train": train, "eval": eval or train}.items():
         check_columns(rows, ["input_ids", "labels"], name, "`prepare_datasets` makes them")
+    _say_too_long(model, train)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     packed = any("position_ids" in getattr(rows, "column_names", ()) for rows in (train, eval))
     collate = _collator(model, tokenizer, packed, 1 if model.device.type == "cpu" else 8)
