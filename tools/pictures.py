@@ -1,4 +1,4 @@
-"""The pictures of the README: python tools/pictures.py [tokens | plan | comparison | guided_run ...]
+"""The pictures of the README: python tools/pictures.py [tokens | plan | comparison | guided_run]
 
 Most are saved outputs of the guides; the guided run is played in a browser, by its test, which
 takes a minute or two. A browser is installed first where there is none.
