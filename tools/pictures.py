@@ -1,4 +1,4 @@
-"""The pictures of the README: python tools/pictures.py [tokens | plan | comparison | guided_run ...]
+"""The pictures of the README: python tools/pictures.py [tokens | plan | comparison | guided_run]
 
 Most are saved outputs of the guides; the guided run is played in a browser, by its test, which
 takes a minute or two. A browser is installed first where there is none.
@@ -9,17 +9,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode
 from pathlib import Path
 
 import browser
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGES, GUIDES = ROOT / "nbs" / "images", ROOT / "nbs" / "guides"
-OUTPUTS = {  # name: (guide, what the last line of the cell begins with, size of the window)
-    "tokens": ("01_quickstart", "show_tokens(", "900,215"),
-    "plan": ("01_quickstart", "plan_memory(", "900,360"),
-    "comparison": ("01_quickstart", "result\n", "1000,1000"),
+NBS = ROOT / "nbs"
+FIGURES = {
+    "plan": ("40_plan", "figure\n")
+}  # name: (notebook, what its cell's last line begins with)
+PAGES = {  # as above, and the size of the window
+    "tokens": ("guides/01_quickstart", "show_tokens(", "900,215"),
+    "comparison": ("guides/01_quickstart", "result\n", "1000,1000"),
 }
 GUIDED = ROOT / "tests" / "test_guided_run.py", "test_with_clicks_only", "6_training.png"
 STYLE = """
@@ -30,14 +33,14 @@ h4 { margin: 1em 0 .3em }
 """
 
 
-def html_of(guide, start):
-    """The HTML output of the first cell whose last line begins with `start`."""
-    for cell in nbformat.read(GUIDES / f"{guide}.ipynb", as_version=4).cells:
+def output(notebook, start, kind):
+    """The first output of a kind that a notebook has saved under a cell whose last line fits."""
+    for cell in nbformat.read(NBS / f"{notebook}.ipynb", as_version=4).cells:
         if cell.cell_type == "code" and (cell.source + "\n").splitlines(True)[-1].startswith(start):
-            return next(
-                o.data["text/html"] for o in cell.outputs if "text/html" in o.get("data", {})
-            )
-    raise SystemExit(f"{guide} has no cell that ends in {start!r}; run `make notebooks` first.")
+            for shown in cell.outputs:
+                if kind in shown.get("data", {}):
+                    return shown.data[kind]
+    raise SystemExit(f"{notebook} has no {kind} under {start!r}; run `make notebooks` first.")
 
 
 def take(html, size, folder, picture):
@@ -60,12 +63,14 @@ def play(folder, picture):
 
 
 def main():
-    for name in sys.argv[1:] or [*OUTPUTS, "guided_run"]:
-        picture = IMAGES / f"{name}.png"
+    for name in sys.argv[1:] or [*FIGURES, *PAGES, "guided_run"]:
+        picture = NBS / "images" / f"{name}.png"
         with tempfile.TemporaryDirectory() as folder:
-            if name in OUTPUTS:
-                guide, start, size = OUTPUTS[name]
-                take(html_of(guide, start), size, Path(folder), picture)
+            if name in FIGURES:
+                picture.write_bytes(b64decode(output(*FIGURES[name], "image/png")))
+            elif name in PAGES:
+                *place, size = PAGES[name]
+                take(output(*place, "text/html"), size, Path(folder), picture)
             else:
                 play(Path(folder), picture)
         print(picture.relative_to(ROOT))
