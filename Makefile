@@ -3,9 +3,10 @@ PYTHON ?= python3
 ARGS ?= --overwrite
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+PORT ?= 8000
 BIN := $(VENV)/bin
 
-.PHONY: run test test-oldest test-newest audit bench lab docs notebooks readme clean
+.PHONY: run test test-oldest test-newest audit bench lab docs docs-serve notebooks readme clean
 
 run: $(VENV)/.run  ## fine-tune the built-in model on the built-in data
 	$(BIN)/lorabook run $(ARGS)
@@ -34,6 +35,12 @@ lab: $(VENV)/.dev  ## JupyterLab on the guides
 	$(BIN)/jupyter lab nbs/guides/01_quickstart.ipynb
 
 docs: $(VENV)/.dev  ## the docs site, into _docs
+	$(BIN)/python docs/build.py
+
+docs-serve: _docs/index.html  ## the same at http://localhost:8000, built anew if something has changed
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+_docs/index.html: $(VENV)/.dev $(shell find nbs docs lorabook -type f -not -path '*/.*' -not -path '*/outputs/*' -not -name '*.pyc') CHANGELOG.md benchmarks/LOG.md
 	$(BIN)/python docs/build.py
 
 notebooks: $(VENV)/.dev  ## run all notebooks and save their outputs; or some: make notebooks NB=nbs/80_run.ipynb

@@ -105,7 +105,7 @@ def on_github(file, name=""):
 
 
 def link(text, path, documented):
-    """Link names to where they are documented, and files that are not of the book to the repository.
+    """Link names to where they are documented, and files outside the book to the repository.
 
     `tests/test_x.py::test_y` is a link to the line of a test.
     """

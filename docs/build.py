@@ -57,7 +57,9 @@ def write_pages():
         ROOT / "benchmarks/results", PAGES / "results", ignore=shutil.ignore_patterns("*.json")
     )
     made = {path: process(path) for path in sorted(nbglob(as_path=True))}
-    documented = {name: (path, at) for path, (_, names) in made.items() for name, at in names.items()}
+    documented = {
+        name: (path, at) for path, (_, names) in made.items() for name, at in names.items()
+    }
     notebooks = {path.relative_to(NBS).as_posix(): nb for path, (nb, _) in made.items()}
     for path, text in texts(notebooks, documented).items():
         (PAGES / path).parent.mkdir(exist_ok=True)

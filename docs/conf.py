@@ -33,6 +33,7 @@ html_title = settings.title
 html_baseurl = f"{settings.doc_host}{settings.doc_baseurl}/"
 html_static_path = ["_static", str(mathjax)]
 html_css_files = ["book.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False  # the notebook to run is the one in the repository
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {

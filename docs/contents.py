@@ -5,7 +5,13 @@ from fnmatch import fnmatch
 from bridge import title_and_lead
 
 RECIPES = ("guides/03*", "recipes/*", "guides/04*", "guides/07*")
-REFERENCE = ("reference/index", "What goes wrong <what_goes_wrong>", "benchmarks", "glossary", "changelog")
+REFERENCE = (
+    "reference/index",
+    "What goes wrong <what_goes_wrong>",
+    "benchmarks",
+    "glossary",
+    "changelog",
+)
 PARTS = {  # page: the number of its first chapter, its title, what it is about
     "foundations": (0, "Foundations", """What everything else stands on: errors that say what to
         do, one config for a whole run, what the machine can do, and how memory is measured."""),
@@ -25,6 +31,13 @@ PARTS = {  # page: the number of its first chapter, its title, what it is about
     "underneath": (97, "Underneath", """Tiny models for tests, and the built-in model and data with
         the code that made them."""),
 }  # fmt: skip
+BOOK = """# The book
+
+{.lead}
+Every module of lorabook is a chapter that explains it, shows it and tests it. In this order they
+follow a fine-tune from its config to an adapter that others can ask. Each needs only what stands
+before it.
+"""
 
 
 def part_of(path):
@@ -53,7 +66,7 @@ def listing(notebooks, above=""):
 def book(notebooks):
     "The pages of the book's parts: {path: text}."
     pages, chapters = {}, matching(notebooks, "[0-9]*")
-    whole = "# The book\n\n{.lead}\nEvery module of lorabook is a chapter that explains it, shows it and tests it. Read in this order, they follow a fine-tune from its config to an adapter that others can ask; each needs only what stands before it.\n"
+    whole = BOOK
     for page, (_, title, about) in PARTS.items():
         about = " ".join(about.split())
         own = {path: nb for path, nb in chapters.items() if part_of(path) == page}

@@ -3,18 +3,21 @@
 import inspect
 from importlib import import_module
 
-import lorabook
 from api import show_doc, table
 from bridge import NBS, ROOT, on_github
 from contents import PARTS, part_of, toctree
 
+import lorabook
+
 OTHERS = "other"  # the page of the modules that are in no package
-PUBLIC = f"""# API reference
+PUBLIC = """# API reference
 
-{{.lead}}
-The public names, as they are after `import lorabook as lb`. Each is loaded when it is first used, so the import itself takes no time.
+{.lead}
+The public names, as they are after `import lorabook as lb`. Each is loaded when it is first used,
+so the import itself takes no time.
 
-All other names that a module exports are on the page of its package: {{packages}}. The [command line](../81_cli.ipynb) has a chapter of its own.
+All other names that a module exports are on the page of its package: PACKAGES.
+The [command line](../81_cli.ipynb) has a chapter of its own.
 
 """
 
@@ -74,7 +77,7 @@ def reference(notebooks, documented):
             if n in lorabook.__all__:
                 public[part_of(path)].append((n, getattr(module, n), path))
     links = ", ".join(f"[{'others' if p == OTHERS else p}]({p}.md)" for p in pages)
-    text = PUBLIC.replace("{packages}", links)
+    text = PUBLIC.replace("PACKAGES", links)
     for page, names in public.items():
         if names:
             parts = [entry(*each, documented) for each in names]

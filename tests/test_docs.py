@@ -100,7 +100,9 @@ def test_links_and_anchors(pages):
 def broken(url):
     "Whether an address of our repository, on GitHub or Colab, leads to no file or line of it."
     home, name, branch = REPOSITORY
-    start = rf"(?:{home}/(?:blob|tree)|https://colab.research.google.com/github/{name}/blob)/{branch}/"
+    start = (
+        rf"(?:{home}/(?:blob|tree)|https://colab.research.google.com/github/{name}/blob)/{branch}/"
+    )
     if not (match := re.fullmatch(start + r"([^#]*)(?:#L(\d+))?", url)):
         return url != home and not url.startswith(f"{home}/issues")
     path, line = ROOT / unquote(match[1]), int(match[2] or 0)
@@ -163,9 +165,13 @@ def watched(chromium):
     page.close()
 
 
-WIDE = """() => [...document.querySelectorAll('main *')]
-    .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
-    .slice(0, 3).map(e => e.outerHTML.slice(0, 80))"""
+WIDE = """() => {
+    const hides = e => getComputedStyle(e).overflowX != 'visible'
+    const inside = e => e && (hides(e) || inside(e.parentElement))
+    const wide = e => e.getBoundingClientRect().right > innerWidth + 1 && !inside(e.parentElement)
+    const all = [...document.querySelectorAll('main *')]
+    return all.filter(wide).slice(0, 3).map(e => e.outerHTML.slice(0, 80))
+}"""
 OVERFLOW = "() => document.documentElement.scrollWidth > innerWidth"
 
 
