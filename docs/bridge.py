@@ -120,7 +120,12 @@ def link(text, path, documented):
         file = (path.parent / plain.split("#")[0]).resolve() if target else NBS
         if file.exists() and not file.is_relative_to(NBS):
             return match[0].replace(f"({target})", f"({on_github(file, test)})")
-        return match[0].replace("index.ipynb", "index.md")  # the landing page is no notebook
+        if (
+            target and "://" not in target
+        ):  # Jupyter keeps capitals in anchors; index is no notebook
+            where, mark, anchor = target.replace("index.ipynb", "index.md").partition("#")
+            return match[0].replace(f"({target})", f"({where}{mark}{anchor.lower()})")
+        return match[0]
 
     parts = FENCE.split(text)  # prose and code in turn
     return "".join(part if i % 2 else MENTION.sub(replace, part) for i, part in enumerate(parts))

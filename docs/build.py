@@ -25,14 +25,14 @@ def read(path):
 
 
 def landing(notebooks):
-    "The landing page: the README, in which the doors take the place of what follows its picture."
+    "The landing page: the README, in which the front takes the place of what follows its picture."
     parts = []
     for cell in notebooks["index.ipynb"].cells:
         outputs = (o["data"]["text/markdown"] for o in cell.get("outputs", ()))
         parts += [cell.source] if cell.cell_type == "markdown" else map("".join, outputs)
     opening, rest = "\n\n".join(parts).split("\n## ", 1)
-    opening = re.match(r"(.*?!\[.*?\)\n|.*)", opening, re.S)[1]
-    front = read("docs/pages/front.md")
+    opening, mark, after = opening.partition("![")
+    front = read("docs/pages/front.md").replace("<!-- picture -->", mark + after.split("\n")[0])
     for door, patterns in {"guides": ["guides/*"], "recipes": RECIPES}.items():
         front = front.replace(f"<!-- {door} -->", listing(matching(notebooks, *patterns)))
     return f"{opening}\n{front}\n## {rest}\n\n{sidebar(notebooks)}"
