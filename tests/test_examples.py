@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from configparser import ConfigParser
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -382,3 +383,14 @@ def test_guides(path):
             assert cells[i]["outputs"], f"no answer is saved: {texts[i]}"
         elif i < last:
             assert re.search(r"^\*.+\?\*", texts[i].split("\n\n")[-1]), texts[i]
+
+
+SLOW = [path for path in sorted(GUIDES) if '"#| slow' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
+def test_slow_cells(path):
+    command = [shutil.which("nbdev_test"), "--flags", "slow", "--path", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
