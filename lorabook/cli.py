@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/81_cli.ipynb #45fb4b53
 import argparse
 import gc
+import io
 import os
 import sys
 from contextlib import contextmanager
@@ -271,6 +272,9 @@ def main(
     argv: list[str] | None = None,  # None: those of the process
 ) -> int:  # 0; 2 after an error of ours; 130 if it was stopped
     "The `lorabook` command."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
+            stream.reconfigure(errors="replace")
     do, arguments = _read(argv)
     try:
         do(arguments)
