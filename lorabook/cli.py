@@ -80,10 +80,8 @@ def _plan(arguments):
         from lorabook.hardware import find_device
 
     table = device_table(cfg, devices=[name] if name else None, processes=processes)
-    print(f"What `lorabook run` would take on {find_device(name).name}, with rows of")
-    print(
-        f"{cfg.model.max_length} tokens (it reads the data first, and takes their longest row):\n"
-    )
+    print(f"What `lorabook run` would take on {find_device(name).name}, if the longest row of the")
+    print(f"data has {cfg.model.max_length} tokens:\n")
     print(fit(cfg, name, processes=processes))
     print("\nHow far the memory goes. Where the config says `auto`, this is the choice that needs")
     print("little; a run takes it only where a faster one does not fit:\n")
@@ -266,9 +264,9 @@ def _read(argv):
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(do=do)
         _add(command, arguments)
-    first, *_ = [*(sys.argv[1:] if argv is None else argv), "-h"]
-    if first not in _COMMANDS and not first.startswith("-"):
-        parser.error(f"there is no command `{first}`.{nearest(first, _COMMANDS)}")
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
+        parser.error(f"there is no command `{words[0]}`.{nearest(words[0], _COMMANDS)}")
     found, rest = parser.parse_known_args(argv)
     changes = vars(found).get("config")  # of which some may stand behind an option
     if wrong := [word for word in rest if changes is None or word.startswith("-")]:
