@@ -80,12 +80,14 @@ def _plan(arguments):
         from lorabook.hardware import find_device
 
     table = device_table(cfg, devices=[name] if name else None, processes=processes)
-    print(f"What `lorabook run` would take on {find_device(name).name}, if the longest row of the")
-    print(f"data has {cfg.model.max_length} tokens:\n")
-    print(fit(cfg, name, processes=processes))
-    print("\nHow far the memory goes. Where the config says `auto`, this is the choice that needs")
-    print("little; a run takes it only where a faster one does not fit:\n")
-    print(table)
+    try:
+        found = fit(cfg, name, processes=processes)
+        print(f"What `lorabook run` would take on {find_device(name).name}, if the longest row of")
+        print(f"the data has {cfg.model.max_length} tokens:\n\n{found}\n")
+    finally:  # if it does not fit, the table shows where it would
+        print("How far the memory goes. Where the config says `auto`, this is the choice that")
+        print("needs little; a run takes it only where a faster one does not fit:\n")
+        print(table)
 
 
 def _config(arguments):

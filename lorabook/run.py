@@ -31,7 +31,7 @@ from .model.load import setup_model, setup_tokenizer
 from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
 from .runfolder import note_end
-from .train.arguments import check_training_arguments, doubts
+from .train.arguments import check_training_arguments, find_doubts
 from .train.checkpoint import find_checkpoint, only_run
 from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
@@ -259,7 +259,7 @@ def open_run(
     cfg = RunConfig.from_dict(as_config(cfg).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
     with one_voice(), only_run(cfg.output_dir):
-        for doubt in doubts(cfg.training):
+        for doubt in find_doubts(cfg.training):
             print(f"note: {doubt}")
         resume = resume_from_checkpoint or begins_again(cfg.output_dir)
         checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))

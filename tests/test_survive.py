@@ -213,7 +213,8 @@ def test_time_is_over(thirty, tmp_path):
     )
     assert read_run(tmp_path / "run").state == "stopped"
     assert run_training(cfg, resume_from_checkpoint=True).to_dict()["steps"] == 16
-    assert read_run(tmp_path / "run").state == "finished"
+    record = read_run(tmp_path / "run")
+    assert (record.state, record.resumed_from) == ("finished", "checkpoint-1")
 
 
 def test_second_run_into_the_same_folder(thirty, zygote, tmp_path):

@@ -104,3 +104,8 @@ def test_conversation(terminal):
     terminal.type("\x04")
     assert terminal.program.wait(60) == 0
     assert "\x1b[2J" not in terminal.shown
+
+
+def test_no_progress_bars_in_a_log(fresh):
+    code = "from lorabook.cli import main\nmain(['config'])\nfrom tqdm import tqdm\n"
+    assert fresh(code + "print(tqdm([]).disable)").stdout.splitlines()[-1] == "True"
