@@ -33,7 +33,7 @@ from lorabook.hardware import (
     find_device,
     packed_attention,
 )
-from .model.adapter import decoder_layers, recompute_layers, setup_lora
+from .model.adapter import decoder_layers, recompute_layers, setup_lora, trained_parameters
 from .model.attention import use_varlen
 from .model.layer import fuse_layers
 from .model.load import load_config
@@ -105,7 +105,7 @@ def optimizer_state(
 
 def _train(model, forward, work, ledger):
     "A training step; returns the optimizer's state, and the storages of the gradients."
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     ledger.phase = "optimizer"
     state = optimizer_state(trained, work.optimizer)
     if work.accumulates:

@@ -74,6 +74,8 @@ class RunRecord:
     verdict: str = ""  # of the comparison of the two, in a word or three
     decides: str = ""  # the score that the verdict goes by
     seconds: float | None = None  # of all phases
+    resumed_from: str = ""  # the checkpoint from which `seconds` count; "": from the beginning
+    saved: bool = False  # whether its adapter is there, so that all steps were done
     memory: float | None = None  # its peak, bytes
 
 
@@ -102,10 +104,17 @@ def _add_figures(record, figures):
     "Fill in what metrics.json says."
     record.steps, record.memory = int(figures["steps"]), float(figures["peak_memory_bytes"])
     record.seconds = float(sum(figures["seconds"].values()))
+    record.resumed_from = Path(str(figures.get("resumed_from", ""))).name
     record.before = _scores(figures.get("before", {}))[0]
     record.after, record.intervals = _scores(figures.get("after", {}))
     compared = figures.get("comparison", {})
     record.verdict, record.decides = (str(compared.get(k, "")) for k in ("kind", "decides"))
+
+
+def _has_adapter(folder, began):
+    "Whether an adapter was saved since a run began to train."
+    found = [p for p in folder.glob("*/adapter_config.json") if "checkpoint-" not in p.parent.name]
+    return began is not None and any(path.stat().st_mtime >= began for path in found)
 
 
 _ODD = TypeError, ValueError, AttributeError, KeyError, OverflowError
@@ -125,10 +134,12 @@ def read_run(
     try:
         state = "running" if held else "finished" if figures else str(end.get("state", "killed"))
         record = RunRecord(folder, state)
-        if not held and not figures:
-            record.why = str(end.get("why", "it left no word"))
         if config.exists():
             record.config, record.began = RunConfig.from_yaml(config), config.stat().st_mtime
+        record.saved = _has_adapter(folder, record.began)
+        if not held and not figures:
+            after = " after its adapter was saved" * record.saved
+            record.why = str(end.get("why", f"it left no word{after}"))
         record.steps, record.curve = _read_log(folder)
         if figures:
             _add_figures(record, figures)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_names', 'find_targets', 'lora_config', 'leaves_base', 'setup_lora', 'decoder_layers', 'recompute_layers',
-           'TrainableReport', 'trainable_report']
+           'trained_parameters', 'TrainableReport', 'trainable_report']
 
 # %% ../../nbs/21_model.adapter.ipynb #03a0a7aa
 import dataclasses
@@ -155,6 +155,13 @@ def recompute_layers(
         layer.gradient_checkpointing = False
 
 # %% ../../nbs/21_model.adapter.ipynb #0e9e61f7
+def trained_parameters(
+    model,  # with an adapter
+) -> list:  # those that get gradients
+    "What an optimizer is given."
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 @dataclasses.dataclass
 class TrainableReport:
     "What will be trained, and where it sits."
