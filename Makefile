@@ -10,6 +10,7 @@ run: .venv/.run  ## fine-tune the built-in model on the built-in data
 
 test: .venv/.dev  ## everything that CI checks; what takes longer: .venv/bin/pytest --slow tests
 	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools benchmarks
+	@echo "== type hints"; $(BIN)/mypy
 	@echo "== security"; $(BIN)/bandit -q -c pyproject.toml -r lorabook tools
 	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^02_guided_run'  # tests/test_guided_run.py runs it in a browser
 	@echo "== tests"; $(BIN)/python tools/browser.py || true

@@ -21,7 +21,7 @@ setup(
     url=cfg["git_url"],
     packages=find_packages(include=["lorabook", "lorabook.*"]),
     include_package_data=True,
-    package_data={"lorabook": ["assets/**/*", "assets/*"]},
+    package_data={"lorabook": ["py.typed", "assets/**/*", "assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "app")},

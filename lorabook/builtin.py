@@ -119,7 +119,7 @@ def sample_facts(
     keys: list,  # which facts, of `INTAKE` and `BOOKING`
 ) -> dict:  # key -> value: str, int (severity) or None (no medication, no allergy)
     "Draw a value for each of `keys`; a severity brings its `degree` along."
-    draw = dict(
+    draw: dict = dict(
         symptom=lambda: rng.choice(SYMPTOMS),
         duration=lambda: f"{rng.randint(2, 29)} {rng.choice(['hours', 'days', 'weeks', 'months'])}",
         severity=lambda: rng.randint(1, 10),

@@ -179,7 +179,7 @@ _ADAPTER = "adapter", dict(help="its folder")
 _FOLDER = "folder", dict(help="of an adapter, or of a merged model")
 _DTYPES = ["bfloat16", "float16", "float32"]
 
-_COMMANDS = {
+_COMMANDS: dict[str, tuple] = {
     "run": (_run, "fine-tune, save, and compare with the base model", _CONFIG, _BEGINNING),
     "launch": (
         _launch,
@@ -254,15 +254,15 @@ def _read(argv):
     parser = argparse.ArgumentParser(prog="lorabook", description=text)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (do, text, *arguments) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+    for name, (do, about, *arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(do=do)
         _add(command, arguments)
     found, rest = parser.parse_known_args(argv)
-    changes = getattr(found, "config", None)  # of which some may stand behind an option
+    changes = vars(found).get("config")  # of which some may stand behind an option
     if wrong := [word for word in rest if changes is None or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest:
+    if changes is not None:
         changes += rest
     return found.do, found
 

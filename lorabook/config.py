@@ -14,7 +14,7 @@ import re
 from collections.abc import Hashable
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 import yaml
 from pydantic import (
@@ -97,16 +97,17 @@ def _as_config_error(method, section):
     return checked
 
 
-def _settings(section=None, extra="forbid"):
-    "Make a class a checked dataclass, and name it as a section of the config."
+_STRICT = ConfigDict(extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False)
+
+
+class _Settings:
+    __dataclass_fields__: ClassVar[dict]  # pydantic's decorator makes dataclasses of all settings
+
+
+def _settings(section=None):
+    "Turn the faults that a class finds into a `ConfigError`, and name it as a section."
 
     def decorate(cls):
-        cls = dataclass(
-            cls,
-            config=ConfigDict(
-                extra=extra, strict=True, validate_assignment=True, allow_inf_nan=False
-            ),
-        )
         for method in ("__init__", "__setattr__"):
             setattr(cls, method, _as_config_error(getattr(cls, method), section))
         if section:
@@ -133,7 +134,8 @@ def builtin_path(
 
 
 @_settings("model")
-class ModelSettings:
+@dataclass(config=_STRICT)
+class ModelSettings(_Settings):
     "Which base model, and how to load it."
 
     name: str = "builtin"  # `builtin`, a local folder, or a hub id
@@ -151,7 +153,8 @@ class ModelSettings:
 
 # %% ../nbs/01_config.ipynb #6e4078af
 @_settings("data")
-class DataSettings:
+@dataclass(config=_STRICT)
+class DataSettings(_Settings):
     "Which conversations, and how they are split."
 
     train_file: str = (
@@ -191,7 +194,8 @@ class DataSettings:
 
 # %% ../nbs/01_config.ipynb #8d5e2be2
 @_settings("lora")
-class LoraSettings:
+@dataclass(config=_STRICT)
+class LoraSettings(_Settings):
     "The adapter."
 
     r: Positive = 16  # rank
@@ -261,8 +265,9 @@ def _passed_through_faults(values):
     return faults
 
 
-@_settings("training", extra="allow")
-class TrainingSettings:
+@_settings("training")
+@dataclass(config=_STRICT | {"extra": "allow"})
+class TrainingSettings(_Settings):
     "The optimisation."
 
     batch_size: Positive | Auto = (
@@ -414,8 +419,8 @@ def _read_yaml(text, where):
         ) from None
 
 # %% ../nbs/01_config.ipynb #bb574015
-def _section(name):
-    "The type of a section: its settings, or a dict of them."
+def _from_dict(name):
+    "Let a section be given as a dict."
 
     def from_dict(value):
         if isinstance(value, SECTIONS[name]):
@@ -428,17 +433,24 @@ def _section(name):
             f"Write `{name}: {{key: value}}`, or leave it out.",
         )
 
-    return Annotated[SECTIONS[name], BeforeValidator(from_dict)]
+    return BeforeValidator(from_dict)
 
 
 @_settings()
-class RunConfig:
+@dataclass(config=_STRICT)
+class RunConfig(_Settings):
     "A whole run. `RunConfig()` is the built-in one."
 
-    model: _section("model") = dataclasses.field(default_factory=ModelSettings)  # the base model
-    data: _section("data") = dataclasses.field(default_factory=DataSettings)  # the conversations
-    lora: _section("lora") = dataclasses.field(default_factory=LoraSettings)  # the adapter
-    training: _section("training") = dataclasses.field(
+    model: Annotated[ModelSettings, _from_dict("model")] = dataclasses.field(
+        default_factory=ModelSettings
+    )  # the base model
+    data: Annotated[DataSettings, _from_dict("data")] = dataclasses.field(
+        default_factory=DataSettings
+    )  # the conversations
+    lora: Annotated[LoraSettings, _from_dict("lora")] = dataclasses.field(
+        default_factory=LoraSettings
+    )  # the adapter
+    training: Annotated[TrainingSettings, _from_dict("training")] = dataclasses.field(
         default_factory=TrainingSettings
     )  # the optimisation
     output_dir: str = "outputs"  # folder for checkpoints, the adapter and the records of the run
@@ -536,10 +548,10 @@ class RunConfig:
     ) -> str:  # YAML that `from_yaml` reads back to an equal config
         "Write the config."
         values = self.to_dict()
-        dump = functools.partial(yaml.dump, values, Dumper=_Dumper, sort_keys=False, width=120)
-        text = dump(allow_unicode=True)
+        options = dict(Dumper=_Dumper, sort_keys=False, width=120)
+        text = yaml.dump(values, allow_unicode=True, **options)
         if yaml.load(text, _Loader) != values:  # nosec B506 # derived from the safe loader
-            text = dump(allow_unicode=False)  # rare separators
+            text = yaml.dump(values, allow_unicode=False, **options)  # rare separators
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

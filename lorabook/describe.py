@@ -31,11 +31,13 @@ def _meanings():
     sections = {cls.__name__: f"{name}." for name, cls in SECTIONS.items()} | {"RunConfig": ""}
     found = {}
     for node in ast.parse(source).body:
-        for field in getattr(node, "body", []) if getattr(node, "name", "") in sections else []:
+        if not isinstance(node, ast.ClassDef) or node.name not in sections:
+            continue
+        for field in node.body:
             if isinstance(field, ast.AnnAssign):
-                lines = range(field.lineno, field.end_lineno + 1)
+                lines = range(field.lineno, (field.end_lineno or 0) + 1)
                 said = " ".join(comments[line] for line in lines if line in comments)
-                name = sections[node.name] + field.target.id
+                name = sections[node.name] + ast.unparse(field.target)
                 found[name] = said.replace("None:", "null:")  # as YAML has it
     return found
 
@@ -69,7 +71,7 @@ def _in_words(schema):
 def _choices(schema):
     "All values that a JSON schema allows, if they are few; else nothing."
     parts = schema.get("anyOf", [schema])
-    values = {"boolean": [True, False], "null": [None]}
+    values: dict = {"boolean": [True, False], "null": [None]}
     lists = [values.get(part["type"]) or part.get("enum", []) for part in parts]
     return tuple(sum(lists, [])) if all(lists) else ()
 

@@ -200,9 +200,9 @@ def _reasons(cfg, chosen, plan, device):
         lines.append(f"model.quantization: {kind} ({why[kind]})")
     share = chosen.training.gradient_checkpointing
     if cfg.training.gradient_checkpointing == "auto":
-        why = "the activations fit" if not share else f"the activations would not fit into {memory}"
+        why_so = f"the activations would not fit into {memory}" if share else "the activations fit"
         shown = share if isinstance(share, bool) else f"{share:.0%} of the layers"
-        lines.append(f"training.gradient_checkpointing: {shown} ({why})")
+        lines.append(f"training.gradient_checkpointing: {shown} ({why_so})")
     if cfg.training.batch_size == "auto":
         rows, steps = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
         times = "at once" if steps == 1 else f"in {steps} micro-batches"
@@ -250,8 +250,9 @@ def _fastest(config, cfg, device, length, processes):
     "(config, plan) of the fastest choice that fits, or the bytes that the smallest one needs."
     kinds, shares, all_rows = _options(cfg, device, processes)
     needs, memory = _Needs(config, cfg, device, length, processes), device.memory_bytes
-    cost = lambda choice: (_cost(*choice[:2], choice[2] * needs.length, device), choice[2])
-    first, *others = sorted(itertools.product(kinds, shares, all_rows), key=cost)
+    cost = lambda kind, share, rows: (_cost(kind, share, rows * needs.length, device), rows)
+    choices = itertools.product(kinds, shares, all_rows)
+    first, *others = sorted(choices, key=lambda choice: cost(*choice))
     if needs.plan(*first).fits() or not others:
         return _decided(cfg, *first), needs.plan(*first)
     least = min(needs(kind, shares[-1], all_rows[-1]) for kind in kinds)
@@ -301,7 +302,8 @@ def fit(
         for changed, reasons in tries:
             found = _fastest(config, changed, device, length, processes)
             if isinstance(found, tuple):
-                return Fit(*found, _reasons(cfg, *found, device) + reasons)
+                chosen, plan = found
+                return Fit(chosen, plan, _reasons(cfg, chosen, plan, device) + reasons)
     except PlanError as error:
         return _cautious(cfg, device, processes, error)
     raise _too_small(cfg, device, found)

@@ -56,8 +56,8 @@ def detect_hardware() -> Hardware:  # the first accelerator that torch can use, 
             (card.major, card.minor),
         )
     if torch.xpu.is_available():
-        card = torch.xpu.get_device_properties(0)
-        return Hardware("xpu", card.name, torch.xpu.device_count(), card.total_memory)
+        found = torch.xpu.get_device_properties(0)
+        return Hardware("xpu", found.name, torch.xpu.device_count(), found.total_memory)
     if torch.backends.mps.is_available():
         return Hardware(
             "mps", platform.processor() or "Apple GPU", 1, torch.mps.recommended_max_memory()
@@ -73,7 +73,7 @@ def compute_dtype(
     "The number format in which this hardware trains fastest without harm."
     hardware = hardware or detect_hardware()
     if hardware.device == "cuda":
-        return torch.bfloat16 if hardware.capability >= (8, 0) else torch.float16
+        return torch.bfloat16 if (hardware.capability or (0, 0)) >= (8, 0) else torch.float16
     return torch.bfloat16 if hardware.device == "xpu" else torch.float32
 
 
@@ -90,7 +90,7 @@ def packed_attention(
     "How rows of several conversations are attended to fastest."
     hardware = hardware or detect_hardware()
     has_kernel = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    on_card = hardware.device == "cuda" and hardware.capability >= (8, 0) and has_kernel
+    on_card = (hardware.capability or (0, 0)) >= (8, 0) and has_kernel
     return "varlen" if on_card or hardware.device == "cpu" else "sdpa"
 
 # %% ../nbs/02_hardware.ipynb #258a1c11

@@ -134,7 +134,7 @@ class MemoryTimeline:
     ):
         self.interval = interval or (0.1 if _torch_memory()[0] else 0.02)
         self.limit = limit
-        self.samples, self._rows, self._seen, self._first = [], {}, None, None
+        self.samples, self._rows, self._seen, self._first = [], {}, [], []
         self._start, self._entered = time.monotonic(), 0
         self._marked, self._width = 0.0, 0.0  # seconds: of the last mark; that a sample covers
 
@@ -182,7 +182,7 @@ class MemoryTimeline:
         if self._entered == 0:
             self._stop.set()
             self._thread.join()
-            self._stop = self._thread = None
+            del self._stop, self._thread
             with _LOCK:
                 self._add(_read_devices())
                 _RUNNING.remove(self)
@@ -270,7 +270,7 @@ class MemoryLog(MemoryTimeline):
             figures = [f"{row[key] / GB:.2f}" for key in ("allocated", "peak", "reserved")]
             device = f"{row['name']}, {row['total'] / GB:.1f} GB"
             rows.append([row["phase"], device, *figures, f"{row['seconds']:.1f}"])
-            if planned:
+            if planned and measured:
                 both, more = (planned / GB, measured / GB), measured / planned - 1
                 beside = [*(f"{size:.2f}" for size in both), f"{more:+.1%}"]
                 rows[-1] += beside if row is most else [""] * 3

@@ -43,7 +43,7 @@ def _new_axes(height):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, height), facecolor="white")
-    figure._repr_png_ = partial(_png, figure)
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]  # ours
     axes = figure.add_axes((0.08, 0.5 / height, 0.8, 1 - 1 / height))
     axes.spines[:].set_visible(False)
     axes.tick_params(labelsize=8, color="#aaaaaa", labelcolor="#444444")
@@ -273,7 +273,7 @@ _HIDDEN |= {code: f"\\u{code:04x}" for code in _DIRECTIONS} | {9: "\t", 10: "\n"
 
 
 def visible(
-    text: str,  # of anybody
+    text: object,  # of anybody
     limit: int | None = None,  # characters; None: all
 ) -> str:  # with control characters and marks of direction written out
     "Text in which nothing is hidden, and of which nothing is obeyed by a terminal."
@@ -283,7 +283,7 @@ def visible(
 
 
 def text_html(
-    text: str,  # of anybody
+    text: object,  # of anybody
     limit: int | None = 2000,  # characters; None: all
 ) -> str:  # HTML that a browser shows and doesn't obey
     "Text for a page."
@@ -291,7 +291,7 @@ def text_html(
 
 
 def table_text(
-    head: tuple,  # the names of the columns
+    head: tuple | list,  # the names of the columns
     rows: list,  # tuples, one cell for each column
 ) -> str:  # columns of the same width
     "A table for a terminal."
@@ -301,7 +301,7 @@ def table_text(
 
 
 def table_html(
-    head: tuple,  # the names of the columns
+    head: tuple | list,  # the names of the columns
     rows: list,  # tuples, one cell for each column
     align: str = "left",  # of the text in the cells, as CSS says it
 ) -> str:  # a `<table>` in which everything is escaped, and long text is cut

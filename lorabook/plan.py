@@ -32,7 +32,7 @@ from lorabook.hardware import (
     find_device,
     packed_attention,
 )
-from .model.adapter import decoder_layers, recompute_layers, setup_lora
+from .model.adapter import decoder_layers, recompute_layers, setup_lora, trained_parameters
 from .model.attention import use_varlen
 from .model.layer import fuse_layers
 from .model.load import load_config
@@ -104,7 +104,7 @@ def optimizer_state(
 
 def _train(model, forward, work, ledger):
     "A training step; returns the optimizer's state, and the storages of the gradients."
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     ledger.phase = "optimizer"
     state = optimizer_state(trained, work.optimizer)
     if work.accumulates:
@@ -152,8 +152,8 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
     tail = Tail(cap=getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
     def forward(rows, count=None):
-        shape = (1, rows * work.length) if within else (rows, work.length)
-        batch = _batch(*shape, work.packed or within) | {"use_cache": False}
+        many, length = (1, rows * work.length) if within else (rows, work.length)
+        batch = _batch(many, length, work.packed or within) | {"use_cache": False}
         if work.own_loss:
             return model(**batch, num_items_in_batch=count).loss
         at = torch.arange(rows * (work.length - 1))
@@ -196,7 +196,7 @@ _KEPT = {"cpu": 0.2}  # instead: with what the C library keeps
 
 
 def with_overhead(
-    tensors: int,  # bytes
+    tensors: float,  # bytes
     device: Hardware,  # where they are
 ) -> int:  # bytes that the device must have for them
     "Add what the allocator loses, and the context."
@@ -242,7 +242,7 @@ class MemoryPlan:
     @property
     def phase(self) -> str:  # such as backward
         "Where the peak is."
-        return max(self.phases, key=self.phases.get)
+        return max(self.phases, key=self.phases.__getitem__)
 
     def fits(
         self,

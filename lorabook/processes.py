@@ -39,16 +39,16 @@ def from_first(
     "Call a function in the first process, and have its result in all."
     if process_count() == 1:
         return make()
-    made = [None, None]
+    made: list = [None, None]
     if is_first():
         try:
             made[0] = make()
         except Exception as error:
             made[1] = error
     dist.broadcast_object_list(made)
-    result, error = made
-    if error is not None:
-        raise error
+    result, raised = made
+    if raised is not None:
+        raise raised
     return result
 
 # %% ../nbs/03_processes.ipynb #3337950e

@@ -46,7 +46,7 @@ def _own(records):
 
 
 def _show(name, value):
-    "A score for people; nothing for None."
+    "A score for people; nothing for None. As `show_score`, without the seconds that scipy loads."
     if value is None:
         return ""
     return f"{value:.4g}" if "loss" in name else f"{value:.1%}"
@@ -219,6 +219,6 @@ def compare_runs(
         raise LorabookError("This is no folder of a run.", ", ".join(missing), todo)
     if len(records) < 2:
         raise LorabookError("There is nothing to compare.", len(records), "Give two runs or more.")
-    names = [record.folder.resolve().name for record in records]
+    names = [Path(folder).resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return RunComparison(names if unique else list(map(str, folders)), records)

@@ -13,9 +13,11 @@ from html import escape
 from pathlib import Path
 
 from .config import RunConfig
+from .export.check import AdapterCheck
 from .infer.compare import Comparison, compare
 from .infer.evaluate import Scores
 from .memory import MemoryLog
+from .model.adapter import TrainableReport
 from .train.callbacks import HistoryCallback
 
 # %% ../nbs/78_result.ipynb #9509540c
@@ -28,17 +30,19 @@ class RunResult:
     after: Scores | None  # of the adapter, on the same rows
     history: HistoryCallback  # what was logged while training
     memory: MemoryLog  # by phase
-    trainable: object  # the `TrainableReport`
+    trainable: TrainableReport
     seconds: dict  # phase -> seconds
     config: RunConfig  # as it was run
-    checks: object = None  # the `AdapterCheck`; None: several processes trained it
+    checks: AdapterCheck | None = None  # None: several processes trained it
 
     @cached_property
     def comparison(self) -> Comparison | None:  # None: there is no test split
         "Base and adapter on the same unseen conversations."
         losses = self.history.column("loss")[1]
         last = losses[-1] if losses else None
-        return compare(self.before, self.after, train_loss=last) if self.after else None
+        if self.before is None or self.after is None:
+            return None
+        return compare(self.before, self.after, train_loss=last)
 
     @property
     def tokens_per_second(self) -> float | None:  # None: nothing was logged
@@ -48,9 +52,9 @@ class RunResult:
 
     def to_dict(self) -> dict:  # what metrics.json holds
         "The figures of the run."
-        tests = {"before": self.before, "after": self.after} if self.after else {}
-        found = {name: s.to_dict() | {"intervals": s.intervals} for name, s in tests.items()}
-        found |= {"comparison": self.comparison.to_dict()} if tests else {}
+        tests = {"before": self.before, "after": self.after}
+        found = {n: s.to_dict() | {"intervals": s.intervals} for n, s in tests.items() if s}
+        found |= {"comparison": self.comparison.to_dict()} if self.comparison else {}
         found |= {"checks": self.checks.to_dict()} if self.checks else {}
         return dict(
             found,

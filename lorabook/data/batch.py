@@ -102,7 +102,7 @@ def _encode_batch(batch, numbers, split, **options):
 _FILES = sorted(Path(inspect.getfile(encode_chats)).parent.glob("*.py"))
 _SOURCE = [  # read when this module is loaded: the code that runs, not the file as it is later
     *(path.read_text(encoding="utf-8") for path in _FILES),
-    *map(inspect.getsource, (encode_rows, _shorten)),
+    *(inspect.getsource(function) for function in (encode_rows, _shorten)),
 ]
 
 
@@ -255,8 +255,9 @@ def _split_report(name, rows, max_length):
     ), np.flatnonzero(keep)
 
 # %% ../../nbs/33_data.batch.ipynb #c408ef01
-def _histogram_svg(report, width=168, height=36):
+def _histogram_svg(report):
     "The lengths as bars; red where they are above the maximum."
+    width, height = 168, 36
     step, peak, bars = width / len(report.counts), max(report.counts), []
     for i, count in enumerate(report.counts):
         low, high, tall = report.edges[i], report.edges[i + 1], height * count / peak
@@ -335,8 +336,7 @@ def check_columns(
 ):  # raises `DataError`
     "Refuse rows that an earlier stage has not made."
     columns = getattr(rows, "column_names", None)
-    missing = [column for column in needed if columns is not None and column not in columns]
-    if missing:
+    if columns is not None and (missing := [name for name in needed if name not in columns]):
         raise DataError(
             f"The rows of `{name}` have no column `{missing[0]}`.",
             f"columns: {', '.join(columns) or 'none'}",

@@ -146,8 +146,8 @@ def _conversation(row, shape, place):
 
 # %% ../../nbs/27_data.conversation.ipynb #612dd7df
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_FIELDS = ("role", "content", "tool_calls", "reasoning_content", "thinking")
-MESSAGE_FIELDS += ("weight", "name", "tool_call_id")
+MESSAGE_FIELDS: tuple[str, ...] = ("role", "content", "tool_calls", "reasoning_content")
+MESSAGE_FIELDS += ("thinking", "weight", "name", "tool_call_id")
 
 
 def _has_name(function):

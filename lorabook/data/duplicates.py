@@ -44,15 +44,15 @@ def _signature(parts):
     return ((hashes[:, None] * _FACTORS) >> np.uint64(32)).min(0)
 
 # %% ../../nbs/29_data.duplicates.ipynb #ca9af5a7
-def _candidates(signatures, least=0.65):
-    "Neighbours in some band whose estimated similarity is at least `least`: sorted (i, j), i < j."
+def _candidates(signatures):
+    "Neighbours in some band whose similarity is about 0.65 or more: sorted (i, j), i < j."
     found = set()
     for band in np.split(signatures, 16, axis=1):
         order = np.lexsort(band.T)  # stable: among equals, the order of the texts
         for step in (1, 2, 3):
             equal = (band[order[step:]] == band[order[:-step]]).all(1)
             a, b = order[:-step][equal], order[step:][equal]
-            alike = (signatures[a] == signatures[b]).mean(1) >= least
+            alike = (signatures[a] == signatures[b]).mean(1) >= 0.65
             found.update(zip(a[alike].tolist(), b[alike].tolist()))
     return sorted(found)
 

@@ -174,7 +174,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", getattr(inner, "__self__", None))
         name, values = getattr(__obj, "__name__", None), [*args, *kwargs.values()]
         if name == "join" and args and hasattr(args[0], "__next__"):
-            args = values = (list(args[0]),)
+            args = (list(args[0]),)
+            values = [*args]
         if isinstance(owner, dict):
             _METER.get().spend(len(owner) // _FREE)
         elif isinstance(owner, (str, int, list, tuple)):
@@ -220,8 +221,8 @@ _FILTERS = {f"lorabook {f.__name__}": f for f in (_look, _glance, _rounds, _begi
 def _filtered(function, node, *args):
     "A node, and a filter around it."
     line, name = node.lineno, f"lorabook {function.__name__}"
-    args = [nodes.Const(arg, lineno=line) for arg in args]
-    return nodes.Filter(node, name, args, [], None, None, lineno=line)
+    given = [nodes.Const(arg, lineno=line) for arg in args]
+    return nodes.Filter(node, name, given, [], None, None, lineno=line)
 
 
 def _constant(node):

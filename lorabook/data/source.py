@@ -98,7 +98,7 @@ class _Source:
 
     def __init__(self, rows, system_prompt=None, problems=None):
         self.rows, self.system_prompt, self.problems = rows, system_prompt, problems
-        self.shape, self.count, self.repeats = None, 0, 0
+        self.shape, self.count, self.repeats = "", 0, 0
         self.prompts, self.has_tools, self.nulls = [], False, 0
         self.columns, self.fields = {}, {}  # not used, unknown; dicts keep the order
 
@@ -305,7 +305,7 @@ def load_and_prepare_data(
     splits = dict(zip(files, split_by_prompt(groups[:end], parts, seed)))
     for name in list(read)[1:]:
         start, end = end, end + len(read[name][0])
-        splits[name] = range(start, end)
+        splits[name] = list(range(start, end))
     if prompts:  # else a problem was noted
         with noted(problems):
             _refuse_overlap(splits, prompts, data, cfg)

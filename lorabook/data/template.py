@@ -23,8 +23,9 @@ from ..errors import SandboxError, TemplateError
 
 # %% ../../nbs/31_data.template.ipynb #ef1eed26
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-_FAILURES = (JinjaError, TypeError, ValueError, LookupError, AttributeError)
-_FAILURES += (ArithmeticError, RuntimeError, MemoryError, SyntaxError, NameError, OSError)
+_FAILURES: tuple[type[Exception], ...] = (JinjaError, TypeError, ValueError, LookupError)
+_FAILURES += (AttributeError, ArithmeticError, RuntimeError, MemoryError)
+_FAILURES += (SyntaxError, NameError, OSError)
 
 
 def _plain(template, messages, variables, add_generation_prompt=False):
@@ -131,7 +132,7 @@ def _heading_end(head, prompts):
 
 def _start(reading, number, asked, prompts):
     "Where the span of an assistant's message starts. `asked` is what the template said, or None."
-    (start, _), *_, (_, end) = [*reading.blocks[number], *reading.blocks[number][-1:]]
+    start, end = reading.blocks[number][0][0], reading.blocks[number][-1][1]
     words = reading.words.get(number)
     head = reading.text[start if asked is None else asked : words[0][0] if words else end]
     if asked is not None:  # some templates add the heading to the turn, but not to the prompt
@@ -344,7 +345,7 @@ class Rendering:
 def _asked(reading, number):
     "Where the template says that the model takes over, what it adds there, and a notice."
     before = reading.messages[:number], reading.variables
-    (start, _), *_, (_, end) = [*reading.blocks[number], *reading.blocks[number][-1:]]
+    start, end = reading.blocks[number][0][0], reading.blocks[number][-1][1]
     try:
         whole = _plain(reading.template, *before, add_generation_prompt=True)
         first = reading.words[number][0][0] if number in reading.words else end

@@ -21,12 +21,14 @@ from .sandbox import compile_bounded, counted, sandbox
 class Traced(str):
     "A `str` that knows where each of its characters came from."
 
-    __slots__ = ("runs", "_ends")  # ((length, place, owner), ...): numbers of messages, or None
+    __slots__ = ("runs", "_ends")
+    runs: tuple  # ((length, place, owner), ...): numbers of messages, or None
+    _ends: list | None  # of the runs; counted when a string of many is cut
 
     def __new__(cls, text, runs=None):
         self = str.__new__(cls, text)
         self.runs = ((len(text), None, None),) if runs is None and text else runs or ()
-        self._ends = None  # of the runs; counted when a string of many is cut
+        self._ends = None
         return self
 
     def __str__(self):
@@ -60,7 +62,7 @@ class Traced(str):
         if len(self.runs) > 8:
             self._ends = self._ends or list(itertools.accumulate(run[0] for run in self.runs))
             number = bisect_right(self._ends, start)
-        at = self._ends[number - 1] if number else 0
+        at = self._ends[number - 1] if self._ends and number else 0
         while at < stop and number < len(self.runs):
             length, place, owner = self.runs[number]
             kept = min(stop, at + length) - max(start, at)
@@ -176,10 +178,10 @@ def _deriving(function):
     return wrapped
 
 
-for _name in "upper lower title capitalize swapcase casefold translate format __mod__".split():
-    setattr(Traced, _name, _deriving(getattr(str, _name)))
-for _name in "center ljust rjust zfill expandtabs".split():
-    setattr(Traced, _name, _deriving(getattr(str, _name)))
+for _method in "upper lower title capitalize swapcase casefold translate format __mod__".split():
+    setattr(Traced, _method, _deriving(getattr(str, _method)))
+for _method in "center ljust rjust zfill expandtabs".split():
+    setattr(Traced, _method, _deriving(getattr(str, _method)))
 
 # %% ../../nbs/25_data.trace.ipynb #7c81598a
 _LABELS = {"role", "type", "id", "tool_call_id"}
@@ -193,6 +195,7 @@ class Message(dict):
     "A message that knows its number."
 
     __slots__ = ("_number",)
+    _number: int
 
 
 def trace_messages(
@@ -340,7 +343,7 @@ def compile_template(
     "Compile a chat template; raises Jinja's `TemplateSyntaxError`, and `SandboxError`."
     env = sandbox()
     noting = copy.copy(env)
-    noting.concat = join
+    noting.concat = join  # type: ignore[method-assign]  # as Jinja's own environments do
     noting.filters = {name: _deriving(f) for name, f in env.filters.items()} | _FILTERS
     for name, function in (("join", _join_filter), ("format", _format_filter)):
         noting.filters[name] = counted(name, function)

@@ -103,7 +103,8 @@ def _licence(model):
         return "`apache-2.0`"
     path = Path(model.name, "README.md")
     if hub := _hub_id(model.name):
-        path = try_to_load_from_cache(hub, "README.md", revision=model.revision)
+        cached = try_to_load_from_cache(hub, "README.md", revision=model.revision)
+        path = Path(cached) if isinstance(cached, str) else path
     try:
         said = ModelCard.load(path).data.license
     except Exception:  # it is not here, or not to be understood
@@ -158,12 +159,12 @@ def _data(cfg, splits):
     return "\n\n".join(filter(None, tables))
 
 
-def _curve(history, count=8):
-    "A table of what was logged, at so many steps."
+def _curve(history):
+    "A table of what was logged, at eight steps."
     rows = [row for row in history if {"loss", "eval_loss"} & row.keys()]
     rows = [row for row in rows if "eval_loss" in row] or rows
-    every = (len(rows) - 1) / (count - 1)
-    chosen = sorted({round(i * every) for i in range(count)}) if rows else ()
+    every = (len(rows) - 1) / 7
+    chosen = sorted({round(i * every) for i in range(8)}) if rows else ()
     show = lambda row, name: f"{row[name]:.4g}" if name in row else ""
     lines = [(rows[i]["step"], show(rows[i], "loss"), show(rows[i], "eval_loss")) for i in chosen]
     return _table(("step", "training loss", "validation loss"), lines, "---:")
@@ -208,7 +209,7 @@ def _head(title, cfg, figures):
     "What the hub reads: names that it knows, and the scores."
     source = cfg.data.test_file or cfg.data.train_file
     name = dict(dataset_type=_hub_id(source) or "local", dataset_name=f"{_short(source)}, test")
-    of = dict(task_type="text-generation", dataset_split="test", **name)
+    of: dict = dict(task_type="text-generation", dataset_split="test", **name)
     scores = _numbers(figures.get("after", {})).items()
     results = [EvalResult(metric_type=key, metric_value=round(n, 4), **of) for key, n in scores]
     return ModelCardData(

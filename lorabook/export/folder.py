@@ -52,7 +52,7 @@ class AdapterInfo:
             rows |= {"base in training": self.run.model.quantization}
             rows |= {"trained on": self.run.data.train_file}
         if self.figures:
-            rows |= {"steps": self.figures.get("steps")}
+            rows |= {"steps": str(self.figures.get("steps"))}
         lines = [f"| {name} | {value} |" for name, value in rows.items()]
         return "\n".join([f"| {self.folder.name} | |", "|---|---|", *lines])
 
@@ -102,8 +102,8 @@ def read_adapter(
     folder = Path(adapter_dir)
     if not (folder / _CONFIG).is_file():
         raise _no_adapter(folder)
-    config, run = _read_json(folder / _CONFIG), folder / "run.yaml"
-    run = RunConfig.from_yaml(run) if run.is_file() else None
+    config, written = _read_json(folder / _CONFIG), folder / "run.yaml"
+    run = RunConfig.from_yaml(written) if written.is_file() else None
     base = run.model.name if run else config.get("base_model_name_or_path")
     if config.get("peft_type") != "LORA" or not (base and isinstance(base, str)):
         found = f"peft_type: {config.get('peft_type')!r:.40}, base model: {base!r:.80}"

@@ -231,7 +231,7 @@ def _writer(tokenizer):
 
     def write(messages, end=False):
         fitted = fit_content(template, messages)
-        text = render(template, fitted, add_generation_prompt=not end, **names)
+        text = render(template, fitted, None, not end, **names)
         return text.removeprefix(added)
 
     return write, added

@@ -145,7 +145,8 @@ class Comparison:
             was, now = scores[self.decides]
             (a, tokens), (b, _) = self.before.losses[i], self.after.losses[i]
             gain, rise = (now or 0) - (was or 0), (b - a) / max(tokens, 1)
-            found.append(Example(i + 1, *old, new[2], gain, rise, scores))
+            prompt, reference, answer = old
+            found.append(Example(i + 1, prompt, reference, answer, new[2], gain, rise, scores))
         return sorted(found, key=lambda e: (-abs(e.gain), -abs(e.loss)))
 
     def changes(self, n: int = 10) -> list[Example]:
@@ -226,7 +227,7 @@ def compare(
         measures["general_loss"] = Measure.of_losses("general_loss", before.general, after.general)
     else:
         left_out.append("no general text was given to both, so what was forgotten is not known")
-    return Comparison(before, after, train_loss, tuple(names), measures, left_out)
+    return Comparison(before, after, train_loss, (names[0], names[1]), measures, left_out)
 
 # %% ../../nbs/52_infer.compare.ipynb #40ad3b61
 def _refuse_others(before, after):

@@ -69,10 +69,10 @@ class Scores:
     @cached_property
     def intervals(self) -> dict:  # `loss`, metrics, `general_loss` -> (low, high), or None
         "95 % intervals of the loss and of the mean scores."
-        found = {"loss": ratio_interval(*zip(*self.losses))}
+        found = {"loss": ratio_interval(*map(list, zip(*self.losses)))}
         found |= {name: mean_interval(values) for name, values in self.known.items()}
         if self.general:
-            found["general_loss"] = ratio_interval(*zip(*self.general))
+            found["general_loss"] = ratio_interval(*map(list, zip(*self.general)))
         return found
 
     @property

@@ -17,6 +17,8 @@ from ..errors import ModelError
 class Answer(str):
     "What a model answered: a `str` that knows whether it ended by itself (`ended`)."
 
+    ended: bool
+
     def __new__(cls, text, ended):
         answer = super().__new__(cls, text)
         answer.ended = ended
@@ -114,7 +116,7 @@ def generate(
     "Answer prompts in batches, longest first, so that memory runs out at the start or never."
     conversations = list(zip(map(_as_messages, prompts), tools or [None] * len(prompts)))
     order = sorted(range(len(prompts)), key=lambda i: -len(str(conversations[i])))
-    options = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
+    options: dict = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     options |= {"temperature": temperature} if temperature > 0 else {}
     watch = _watch(model, tokenizer, len(prompts), on_text, stop)
     options |= {"stopping_criteria": [watch]} if on_text or stop else {}
@@ -122,8 +124,8 @@ def generate(
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
-        bar = dict(delay=1, leave=False, disable=len(starts) == 1)
-        for start in tqdm(starts, desc="generate", **bar):
+        alone = len(starts) == 1
+        for start in tqdm(starts, desc="generate", delay=1, leave=False, disable=alone):
             if stop and stop.is_set():
                 break
             batch = order[start : start + batch_size]

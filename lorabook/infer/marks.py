@@ -36,8 +36,8 @@ LEGEND = f"""{_MARKS["ins"]}Underlined</ins>: the reference lacks it.
 def _differences(answer, reference):
     "Pieces of both texts, in order: (kind, text), where the kind is equal, del or ins."
     old, new = (split_words(visible(text[:_LIMIT])) for text in (reference, answer))
-    bare = [[word.strip() for word in words] for words in (old, new)]
-    for kind, i, j, k, end in SequenceMatcher(None, *bare).get_opcodes():
+    was, now = ([word.strip() for word in words] for words in (old, new))
+    for kind, i, j, k, end in SequenceMatcher(None, was, now).get_opcodes():
         if kind == "equal":
             yield "equal", "".join(new[k:end])
             continue

@@ -24,8 +24,8 @@ def wilson_interval(
 ) -> tuple[float, float]:  # low and high, 0 to 1
     "Wilson's 95 % interval for a share."
     middle, spread = share + _Z**2 / (2 * n), _Z * sqrt(share * (1 - share) / n + (_Z / n / 2) ** 2)
-    ends = ((middle + side * spread) / (1 + _Z**2 / n) for side in (-1, 1))
-    return tuple(float(min(max(end, 0.0), 1.0)) for end in ends)
+    low, high = ((middle + side * spread) / (1 + _Z**2 / n) for side in (-1, 1))
+    return float(max(low, 0.0)), float(min(high, 1.0))
 
 # %% ../../nbs/49_infer.statistics.ipynb #ea10691d
 _DRAWS, _AT_ONCE = 4000, 2**21  # draws of a bootstrap; numbers that are drawn in one go
@@ -56,9 +56,9 @@ def mean_interval(
     values: list[float],  # of each row, 0 to 1
 ) -> tuple[float, float]:  # low and high
     "95 % interval for a mean of scores."
-    values = np.asarray(values, float)
-    found = None if _is_yes_or_no(values) else _bootstrap(values, np.ones_like(values))
-    return found or wilson_interval(values.mean(), len(values))
+    rows = np.asarray(values, float)
+    found = None if _is_yes_or_no(rows) else _bootstrap(rows, np.ones_like(rows))
+    return found or wilson_interval(rows.mean(), len(rows))
 
 
 def ratio_interval(
@@ -66,8 +66,8 @@ def ratio_interval(
     weights: list[float],  # of each row, such as its trained tokens
 ) -> tuple[float, float] | None:  # None: all rows are alike, or one is not finite
     "95 % interval for a sum of values over a sum of weights."
-    values, weights = np.asarray(values, float), np.asarray(weights, float)
-    return _bootstrap(values, weights) if np.isfinite(values).all() else None
+    rows = np.asarray(values, float)
+    return _bootstrap(rows, np.asarray(weights, float)) if np.isfinite(rows).all() else None
 
 # %% ../../nbs/49_infer.statistics.ipynb #2c220dec
 def _newcombe(before, after):
@@ -88,11 +88,9 @@ def difference_interval(
     after: list[float],  # of the same rows
 ) -> tuple[float, float]:  # low and high, -1 to 1
     "95 % interval for the difference of two means, after minus before."
-    before, after = np.asarray(before, float), np.asarray(after, float)
-    plain = (
-        None if _is_yes_or_no(before, after) else _bootstrap(after - before, np.ones_like(after))
-    )
-    return plain or _newcombe(before, after)
+    old, new = np.asarray(before, float), np.asarray(after, float)
+    plain = None if _is_yes_or_no(old, new) else _bootstrap(new - old, np.ones_like(new))
+    return plain or _newcombe(old, new)
 
 # %% ../../nbs/49_infer.statistics.ipynb #20e93765
 _MANY = 1000  # differences whose sum, with random signs, is as good as normally distributed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_names', 'find_targets', 'lora_config', 'leaves_base', 'setup_lora', 'decoder_layers', 'recompute_layers',
-           'TrainableReport', 'trainable_report']
+           'trained_parameters', 'TrainableReport', 'trainable_report']
 
 # %% ../../nbs/21_model.adapter.ipynb #03a0a7aa
 import dataclasses
@@ -116,8 +116,8 @@ def setup_lora(
             "Set `model.quantization: none`, or leave `lora.init_lora_weights` out.",
         )
     targets = find_targets(model, cfg.target_modules)
-    layers = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
-    layers = [name for name in layers if name and not name.isdigit()]
+    names = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
+    layers = [name for name in names if name and not name.isdigit()]
     for name in cfg.modules_to_save or []:
         if name not in layers:
             raise _no_such_layer(model, "modules_to_save", name, layers)
@@ -155,6 +155,13 @@ def recompute_layers(
         layer.gradient_checkpointing = False
 
 # %% ../../nbs/21_model.adapter.ipynb #0e9e61f7
+def trained_parameters(
+    model,  # with an adapter
+) -> list:  # those that get gradients
+    "What an optimizer is given."
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 @dataclasses.dataclass
 class TrainableReport:
     "What will be trained, and where it sits."

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 # %% ../../nbs/24_model.attention.ipynb #6772e533
 def boundaries(
@@ -29,7 +29,7 @@ def boundaries(
         begins[:, 1:] = position_ids.diff() != 1
         found = begins.expand(rows, -1).flatten().nonzero().squeeze(1).tolist()
         found = [*found, rows * position_ids.shape[1]]
-        position_ids._boundaries = found
+        position_ids._boundaries = found  # type: ignore[attr-defined]  # kept for the other layers
     return found if len(found) > rows + 1 else None
 
 # %% ../../nbs/24_model.attention.ipynb #c267f4a2
@@ -52,8 +52,10 @@ def _one_by_one(q, k, v, ends, scaling, window, dropout):
         if window is not None and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
             mask = mask.triu(1 - window)
-        options = dict(dropout_p=dropout, is_causal=mask is None, scale=scaling)
-        result = scaled_dot_product_attention(*parts, mask, **options)
+        query, key, value = parts
+        result = scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling
+        )
         results.append(result[0].transpose(0, 1))
     return torch.cat(results)
 

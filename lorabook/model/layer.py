@@ -8,6 +8,7 @@ __all__ = ['FusedLinear', 'fuse_layers']
 # %% ../../nbs/23_model.layer.ipynb #1436340d
 import inspect
 from functools import cache, partial
+from typing import Any
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -64,8 +65,10 @@ class _LoraProduct(torch.autograd.Function):
 # %% ../../nbs/23_model.layer.ipynb #b2b37072
 def _is_plain(base):
     "Whether a base layer is frozen and linear, with weights that are at hand, plain or in 4 bits."
-    weight = getattr(base, "weight", None)
-    if not isinstance(base, torch.nn.Linear) or weight.is_meta or weight.requires_grad:
+    if not isinstance(base, torch.nn.Linear):
+        return False
+    weight = base.weight
+    if weight.is_meta or weight.requires_grad:
         return False
     four = getattr(weight, "quant_state", None) is not None
     return (four or weight.is_floating_point()) and not base._forward_hooks
@@ -74,10 +77,10 @@ def _is_plain(base):
 class _InOneGo:
     "A LoRA layer of PEFT, with `_LoraProduct` for the plain case."
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self: Any, x, *args, **kwargs):
         adapter = self._only_adapter(args, kwargs)
         if adapter is None or not self._formats_match(x, self.lora_A[adapter].weight):
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's; see below
         A, B, dropout = (getattr(self, f"lora_{part}")[adapter] for part in ("A", "B", "dropout"))
         drops = self.training and getattr(dropout, "p", 0) > 0
         thinned = dropout(x) if drops else None
@@ -85,7 +88,7 @@ class _InOneGo:
             x, thinned, A.weight, B.weight, self.scaling[adapter], self.base_layer
         )
 
-    def _only_adapter(self, args, kwargs):
+    def _only_adapter(self: Any, args, kwargs):
         "The adapter that is active; None: it isn't the plain case."
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1:
@@ -182,9 +185,9 @@ def _fuse_block(module):
     "Another `forward` for a norm or a gated block; whether it is one."
     if "forward" in vars(module):  # somebody has changed it already
         return False
-    if _is_like(type(module), LlamaRMSNorm):
+    if _is_like(module.__class__, LlamaRMSNorm):
         module.forward = partial(_run_norm, module)
-    elif _is_like(type(module), LlamaMLP) and isinstance(module.act_fn, _SILU):
+    elif _is_like(module.__class__, LlamaMLP) and isinstance(module.act_fn, _SILU):
         module.forward = partial(_run_gated, module)
     else:
         return False

@@ -59,7 +59,8 @@ def load_failed(
     error: Exception,  # what the library raised
 ) -> ModelError:  # to be raised
     "Explain why a model could not be loaded."
-    chain, link = [], error
+    chain: list[str] = []
+    link: BaseException | None = error
     while link is not None and len(chain) < 20:
         chain, link = chain + [type(link).__name__], link.__cause__ or link.__context__
     first = (str(error).splitlines() or [""])[0]

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LossError
+from .adapter import trained_parameters
 
 # %% ../../nbs/22_model.loss.ipynb #c10c943f
 def _unwrap(model):
@@ -271,7 +272,7 @@ def _difference(model, batch):
         return f"its own loss is {plain:.6g}, here it would be {loss:.6g}"
     if not loss.requires_grad:
         return None
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     theirs, ours = (
         torch.autograd.grad(one, trained, allow_unused=True, materialize_grads=True)
         for one in (output.loss, loss)

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,7 +119,8 @@ class LiveLogCallback(TrainerCallback):
         self,
         write=tqdm.write,  # called with each line
     ):
-        self.write, self.bar, self.pending = write, None, {}
+        self.write, self.pending = write, {}
+        self.bar: tqdm
         self.start, self.first = time.monotonic(), 0  # an evaluation may come before any training
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -277,7 +279,8 @@ class StopCallback(TrainerCallback):
         self,
         max_time: float | None = None,  # minutes; None: no limit
     ):
-        self.max_time, self.reason, self._going = max_time, None, threading.Event()
+        self.max_time, self._going = max_time, threading.Event()
+        self.reason: str | None = None
         self._going.set()
 
     def stop(
@@ -349,7 +352,8 @@ class NamedCallbacks(CallbackHandler):
         except LorabookError:
             raise
         except Exception as error:
-            callback = error.__traceback__.tb_next.tb_frame.f_locals.get("callback")
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            callback = frames[1].f_locals.get("callback")  # in the handler's loop
             raise TrainingError(
                 f"The callback {type(callback).__name__} failed in `{event}`, "
                 f"at step {state.global_step}.",

@@ -10,6 +10,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
@@ -107,11 +108,12 @@ def find_fault(
         return f"it has no {_LIST}, so it was not written by lorabook, or not to its end"
     except (ValueError, TypeError, AttributeError, OSError) as error:
         return f"{_LIST} can't be read: {error}"
+    return None
 
 
 def find_checkpoint(
     output_dir: str | Path,  # of the run
-    wanted: str | Path | bool = True,  # a checkpoint; True: the last whole one
+    wanted: str | Path | Literal[True] = True,  # a checkpoint; True: the last whole one
 ) -> Path:  # raises `TrainingError`
     "The checkpoint to resume from; those that are damaged are named, and passed over."
     if wanted is not True:

@@ -108,7 +108,7 @@ def _launch_config(nproc, nnodes, max_restarts, endpoint, name):
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
-    signals = {"signals_to_handle": "SIGQUIT"}  # the others are passed on
+    signals: dict = {"signals_to_handle": "SIGQUIT"}  # the others are passed on
     patience = {"shutdown_timeout": 10}  # seconds, for those that wait for a dead process
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older torch has neither
     return LaunchConfig(
@@ -132,8 +132,8 @@ def _passing_signals():
         if told:
             raise KeyboardInterrupt
         told.append(number)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
+        for pid in filter(None, (process.pid for process in multiprocessing.active_children())):
+            os.kill(pid, number)
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, pass_on) for number in _SIGNALS if main}

@@ -53,7 +53,7 @@ class _LossTrainer(Trainer):
     def floating_point_ops(self, inputs):
         return 6 * inputs["input_ids"].numel() * self._parameters  # counted once, not every time
 
-    _evaluated = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
+    _evaluated: tuple = ()  # of an evaluation, for each batch: [summed loss, trained tokens]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         count = num_items_in_batch if model.training else None  # None: those of the batch

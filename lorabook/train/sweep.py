@@ -142,7 +142,8 @@ class _Stages:
         model = setup_lora(model, cfg.lora)
         with redirect_stdout(io.StringIO()) if told else nullcontext():
             settings = str(folder), cfg.training, cfg.seed, [report]
-            trainer = create_trainer(model, tokenizer, *data.values(), *settings)
+            train, validation = data.values()
+            trainer = create_trainer(model, tokenizer, train, validation, *settings)
         trainer.pop_callback(LiveLogCallback)
         trainer.add_callback(LiveLogCallback(write=lambda line: None))  # its bar only
         trainer._save_checkpoint = lambda model, trial: None

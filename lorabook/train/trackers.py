@@ -68,7 +68,8 @@ class Tracker(TrainerCallback):
         name: str,  # as in `training.report_to`
     ):
         self.name, self.callback = name, _integration(name)
-        self.config, self.fault, self._opened = {}, None, False
+        self.config, self._opened = {}, False
+        self.fault: str | None = None
 
     @contextmanager
     def _forgiven(self, event, state):

@@ -12,6 +12,7 @@ import math
 from itertools import accumulate
 from operator import itemgetter
 from textwrap import fill
+from typing import Any
 
 from ..config import RunConfig
 from ..errors import TrainingError
@@ -59,7 +60,7 @@ def _texts(row):
 class Sweep:
     "The trials of a sweep. A notebook shows them as figures and a table."
 
-    study: object  # the `optuna.Study`, for everything else
+    study: Any  # the `optuna.Study`, for everything else
     cfg: RunConfig  # everything that is not searched
     space: dict  # what is searched: full field name -> a range, or a list of choices
 
@@ -172,8 +173,8 @@ def _draw_field(axes, name, rows, wanted):
         some = [row for row in rows if row["state"] == state]
         points = [(place(row), row["eval_loss"]) for row in some if row["eval_loss"] is not None]
         if some:
-            mark = dict(mark, linestyle="", markersize=4)
-            axes.plot(*(zip(*points) if points else ([], [])), **mark, label=state)
+            style = {**mark, "linestyle": "", "markersize": 4}
+            axes.plot(*(zip(*points) if points else ([], [])), **style, label=state)
         for row in some:
             if row["eval_loss"] is None:
                 axes.plot(place(row), 1, **mark, transform=top, clip_on=False)  # at the edge

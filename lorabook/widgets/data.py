@@ -101,8 +101,8 @@ def row_html(
     except LorabookError as error:  # what the template refuses can be looked at all the same
         return f"{said}<p>{text_html(error, 600)}</p>"
     example = {name: value[0] for name, value in columns.items()}
-    sizes = (example[name] for name in ("length", "full_length", "trained"))
-    fate = _fate(*sizes, cfg.model.max_length, cfg.data.over_length)
+    length, full, trained = (example[name] for name in ("length", "full_length", "trained"))
+    fate = _fate(length, full, trained, cfg.model.max_length, cfg.data.over_length)
     notices = "".join(f"<p>{text_html(notice)}</p>" for notice in example["notices"])
     shown = f"{said}<p>{fate}</p>{notices}"
     if not tokens:

@@ -112,10 +112,11 @@ def changes(
     cfg: RunConfig,
 ) -> list[str]:  # such as "lora.r=8", as `override` and the command line take them
     "What differs from the built-in run."
-    plain, found = RunConfig().to_dict(), []
+    plain: dict = RunConfig().to_dict()
+    found = []
     for name, value in cfg.to_dict().items():
         inside = value if isinstance(value, dict) else {"": value}
-        usual = plain.get(name) if isinstance(value, dict) else {"": plain.get(name)}
+        usual = plain.get(name, {}) if isinstance(value, dict) else {"": plain.get(name)}
         for key, of_it in inside.items() if name != "versions" else ():
             if key not in usual or usual[key] != of_it:
                 found.append(f"{name}.{key}".rstrip(".") + f"={show_value(of_it)}")
@@ -140,6 +141,8 @@ def _free(folder):
 class Guide:
     "The walk through a run. A notebook shows all of it."
 
+    session: Session | None = None  # for the config as it is
+
     def __init__(
         self,
         cfg: RunConfig | None = None,  # where it starts; None: the built-in run
@@ -150,7 +153,6 @@ class Guide:
             for number, (name, title) in enumerate(_TITLES.items(), 1)
         }
         vars(self).update(self.steps)
-        self.session = None
         self._model = ModelView(self.cfg)
         self._data = DataView(None, self._model.tokenizer, self.cfg, tokens=False)
         self._trained = TrainedView(self.cfg)
@@ -203,24 +205,25 @@ class Guide:
         "A session for the config as it is, in a folder of its own."
         folder = f"output_dir={show_value(_free(self.cfg.output_dir))}"
         self.session = Session(self.cfg.override(folder), samples=1, echo=False)
-        self.training.show(TrainingView(self.session))
+        self.steps["training"].show(TrainingView(self.session))
         self.session.listen(self._hear)
 
     def _hear(self, event):
         "When the training is over, show what came of it."
         session = self.session
-        if event.name != "state" or event.text not in OVER or session.result is None:
+        if event.name != "state" or event.text not in OVER or not (session and session.result):
             return
         run, result = session.run, session.result
-        busy = lambda: "another training is at work" if self.session.state not in OVER else None
-        self.better.show(CompareView(result), ChatView(run.model, run.tokenizer, busy))
+        trains = lambda: self.session is not None and self.session.state not in OVER
+        busy = lambda: "another training is at work" if trains() else None
+        self.steps["better"].show(CompareView(result), ChatView(run.model, run.tokenizer, busy))
         files = {
             "the adapter": result.adapter_dir,
             "its card": result.adapter_dir / "README.md",
             "the config that repeats the run": result.adapter_dir / "run.yaml",
             "checkpoints and figures": Path(result.config.output_dir),
         }
-        self.home.show(Words(table_html(("", "where"), list(files.items()))))
+        self.steps["home"].show(Words(table_html(("", "where"), list(files.items()))))
 
     def code(
         self,

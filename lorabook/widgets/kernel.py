@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import HardwareError
 
@@ -49,10 +50,12 @@ def check_kernel(
 class serving_clicks:
     "A context; `await` it again and again inside, and widgets are answered though a cell runs."
 
+    kernel: Any  # ipykernel 6; newer ones need no help
+
     def __init__(self):
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         version = _version()
-        self.kernel = shell.kernel if version and version[0] == 6 else None
+        self.kernel = shell.kernel if shell and version and version[0] == 6 else None
         self.held = []
 
     def __enter__(self):

@@ -35,12 +35,12 @@ def _stops(name, value):
     stops = _STOPS[name] or describe_fields()[name].choices
     if value not in stops:
         words, numbers = [s for s in stops if s == "auto"], [s for s in stops if s != "auto"]
-        stops = [*words, *sorted([*numbers, value])]
+        stops = (*words, *sorted([*numbers, value]))
     return [(show_value(stop), stop) for stop in stops]
 
 # %% ../../nbs/86_widgets.memory.ipynb #2647f23a
-_COUNT = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "fsdp")
-_COUNT += ("optim", "label_smoothing_factor")  # of transformers, if they are there
+_COUNT = ["batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "fsdp"]
+_COUNT += ["optim", "label_smoothing_factor"]  # of transformers, if they are there
 
 
 def _what_counts(cfg):
@@ -93,8 +93,8 @@ class MemoryView(View):
         cards = {f"this machine: {here.name}": here, **DEVICES}
         if device not in cards.values():
             cards[device.name] = device
-        cards = list(cards.items())
-        self.card = ipywidgets.Dropdown(options=cards, value=device, description="card", **wide)
+        options = list(cards.items())
+        self.card = ipywidgets.Dropdown(options=options, value=device, description="card", **wide)
         self.when(self.card, self._draw)
         self.words, self.picture, self.more = (ipywidgets.HTML() for _ in range(3))
         self.ask = self.button(

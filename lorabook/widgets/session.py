@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -62,6 +63,13 @@ OVER = ("finished", "stopped", "failed")  # states that don't end
 class Session:
     "A run with reins."
 
+    run: Any = None  # the `Run`, once it is open
+    result: RunResult | None = None
+    error: BaseException | None = None  # that ended it
+    _samples: SamplesCallback | None = None
+    _thread: threading.Thread | None = None
+    _wish: str | None = None  # why it should end
+
     def __init__(
         self,
         cfg: RunConfig | None = None,  # None: the built-in run
@@ -75,11 +83,9 @@ class Session:
         self._how = resume_from_checkpoint, overwrite
         self.state, self.events, self.log, self._rest = "new", [], [], ""
         self.step, self.steps, self.phase = 0, 0, ""
-        self.run = self.result = self.error = None
-        self._samples, self._count = None, samples
         self._go, self._prepared, self._kept = (threading.Event() for _ in range(3))
-        self._done, self._listeners, self._wish = threading.Event(), [], None
-        self._thread, self._began, self._first, self._paused = None, None, 0, 0.0
+        self._done, self._listeners, self._count = threading.Event(), [], samples
+        self._began, self._first, self._paused = 0.0, 0, 0.0
         self._halt, self._listen = False, lambda: None  # whether a pause was asked for
 
     # what a person may want
@@ -210,11 +216,11 @@ class Session:
                 other._give_way()
             _ACTIVE.append(self)
             self._began, self.state = time.monotonic(), "preparing"
-            work = dict(target=self._work, name="lorabook", daemon=in_kernel())
-            self._thread = threading.Thread(**work)  # the end of a script waits for it
+            thread = threading.Thread(target=self._work, name="lorabook", daemon=in_kernel())
+            self._thread = thread  # the end of a script waits for it
         if advice:
             print(advice)
-        self._thread.start()
+        thread.start()
 
     def _give_way(self):
         "Make room for another session; one that works refuses."
@@ -225,7 +231,8 @@ class Session:
                 "Wait for it (`await session`), or stop it (`session.stop()`).",
             )
         self.stop("another session begins")
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
 
     def _attend(self, event, timeout=None):
         "Wait for an event; Ctrl-C stops the run."

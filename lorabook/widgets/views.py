@@ -110,7 +110,7 @@ def _model(widget):
 
 
 def fault_html(
-    text: str,  # an error's message
+    text: object,  # an error, or its message
 ) -> str:  # HTML that a screen reader reads out at once
     "An error for a page."
     style = "border-left:3px solid #c33;padding-left:.6em;white-space:pre-wrap"
