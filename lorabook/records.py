@@ -119,7 +119,7 @@ def _folders(folder):
 
 
 def list_runs(
-    folder: str | Path = ".",  # it, its folders and theirs are looked through, but no links
+    folder: str | Path = ".",  # searched two levels deep, without links
 ) -> Runs:  # raises `LorabookError`
     "Find the runs in a folder."
     folder, records, faults = Path(folder), [], []

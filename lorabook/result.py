@@ -47,7 +47,7 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float | None:  # None: nothing was logged
-        "Of the training, as the median of what was logged; the first is a warm-up."
+        "Speed of the training: the median of what was logged, without the first value."
         found = self.history.column("tokens_per_second")[1]
         return statistics.median(found[1:] or found) if found else None
 

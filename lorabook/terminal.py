@@ -115,9 +115,9 @@ def chat_in_terminal(
     system: str = "",  # the system prompt; empty: none
     max_new_tokens: int = 512,  # tokens in an answer, at most
     temperature: float = 0.0,  # 0: always the likeliest token; above: sampled
-    settings: ModelSettings | None = None,  # to load the base otherwise; None: as in training
+    settings: ModelSettings | None = None,  # other settings for the base; None: as in training
 ):  # returns when the user ends; raises `ModelError`
-    "Talk to an adapter and its base model, or to a whole model, by lines."
+    "Talk to an adapter and its base model, or to a whole model, line by line."
     whole = holds_model(Path(folder))
     model, tokenizer = (
         setup_model(str(folder), cfg=settings) if whole else load_adapter(folder, settings=settings)

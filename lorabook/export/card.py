@@ -270,7 +270,7 @@ def write_card(
     hardware: Hardware | None = None,  # that it was trained on
     report: DataReport | None = None,  # of `prepare_datasets`, of what was trained
 ) -> ModelCard:  # that was written as README.md, in place of an older one; raises `ModelError`
-    "Write what is known of an adapter into its folder."
+    "Write a README for an adapter that says what was measured."
     folder, name = Path(adapter_dir), cfg.model.name
     if not (folder / "adapter_config.json").exists():
         raise ModelError(

@@ -27,8 +27,8 @@ from ..pictures import visible
 class Way:
     "One way to serve a folder."
 
-    name: str  # of what serves it
-    needs: str  # what has to be there
+    name: str  # of the server
+    needs: str  # what must be installed
     lines: list[str]  # to type, in a shell or in Python
 
 
