@@ -90,7 +90,7 @@ def show_doc(obj, name=None):
     if "return" in beside and not is_class:
         rows.append(("*returns*", code(result), "", beside["return"]))
     signature = textwrap.fill(
-        f"{'class ' * is_class}{name}({', '.join(arguments)})", 90, subsequent_indent="    "
+        f"{'class ' * is_class}{name}({', '.join(arguments)})", 80, subsequent_indent="    "
     )
     methods = [
         (code(key), value.__doc__.splitlines()[0])

@@ -56,14 +56,16 @@ def _cells(record):
     "What stands in the columns: name -> text."
     limit = record.config.training.max_steps if record.config else -1
     of_all = f" of {limit}" if limit > 0 and record.state != "finished" else ""
+    steps = "all" if record.saved and record.state != "finished" else f"{record.steps}{of_all}"
+    since = f" since {record.resumed_from}" if record.resumed_from else ""
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.began)) if record.began else ""
     lowest = min((loss for _, loss in record.curve), default=None)
     return {
         "state": record.state,
         "began": began,
-        "steps": f"{record.steps}{of_all}",
+        "steps": steps,
         "validation": _show("loss", lowest),
-        "time": f"{record.seconds:,.0f} s" if record.seconds else "",
+        "time": f"{record.seconds:,.0f} s{since}" if record.seconds else "",
         "memory": f"{record.memory / 1e9:.2f} GB" if record.memory else "",
     }
 

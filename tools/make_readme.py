@@ -16,6 +16,8 @@ def readme():
     hidden = re.compile(r"^#\|\s*(hide|default_exp)", flags=re.M)
     notebook.cells = [cell for cell in notebook.cells if not hidden.search(cell.source)]
     for cell in notebook.cells:
+        if cell.source.startswith("#| echo: false"):  # its output alone
+            cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
     notebook.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(notebook)

@@ -1,0 +1,92 @@
+"""What is where: the sidebar, the pages of the book's parts, lists of notebooks with summaries."""
+
+from fnmatch import fnmatch
+
+from bridge import title_and_lead
+
+RECIPES = ("guides/03*", "recipes/*", "guides/04*", "guides/07*")
+REFERENCE = (
+    "reference/index",
+    "What goes wrong <what_goes_wrong>",
+    "benchmarks",
+    "glossary",
+    "changelog",
+)
+PARTS = {  # page: the number of its first chapter, its title, what it is about
+    "foundations": (0, "Foundations", """What everything else stands on: errors that say what to
+        do, one config for a whole run, what the machine can do, and how memory is measured."""),
+    "model": (19, "The model", """The base model and its tokenizer, the adapter, the loss, and
+        layers and attention that compute the same in fewer steps."""),
+    "data": (25, "The data", """From a file of almost any shape to rows of tokens, of which exactly
+        those are trained that the assistant wrote."""),
+    "plan": (38, "What it will need", """The memory of a run, counted before the run and without
+        the card, and the fastest settings that fit."""),
+    "proof": (46, "Proof", "Does it answer better than before, by how much, and may it be luck?"),
+    "training": (53, "Training", """The training itself, as the `Trainer` and as a plain loop; what
+        it survives; learning rates, sweeps and several GPUs."""),
+    "taking_home": (67, "Taking it home", """Save the adapter, describe it, check it, merge it,
+        serve it, and send it to the hub."""),
+    "run": (76, "The run", "All pieces in a row: one function, one result, one command."),
+    "panels": (82, "Panels", "The same steps with buttons and pictures, up to the guided run."),
+    "underneath": (97, "Underneath", """Tiny models for tests, and the built-in model and data with
+        the code that made them."""),
+}  # fmt: skip
+BOOK = """# The book
+
+{.lead}
+Every module of lorabook is a chapter that explains it, shows it and tests it. In this order they
+follow a fine-tune from its config to an adapter that others can ask. Each needs only what stands
+before it.
+"""
+
+
+def part_of(path):
+    "The page of the part that a chapter belongs to."
+    number = int(path.split("_")[0])
+    return [page for page, (first, *_) in PARTS.items() if first <= number][-1]
+
+
+def matching(notebooks, *patterns):
+    "Those of the notebooks, {path below nbs: notebook}, whose paths fit, pattern by pattern."
+    return {p: nb for pattern in patterns for p, nb in notebooks.items() if fnmatch(p, pattern)}
+
+
+def toctree(entries, caption=""):
+    "Pages for the sidebar."
+    options = f":caption: {caption}\n" if caption else ""
+    return f"```{{toctree}}\n:hidden:\n{options}\n" + "\n".join(entries) + "\n```\n"
+
+
+def listing(notebooks, above=""):
+    "Links to notebooks, with their summaries."
+    pairs = ((path, *title_and_lead(nb)) for path, nb in notebooks.items())
+    return "\n".join(f"[{title}]({above}{path})\n: {lead}\n" for path, title, lead in pairs)
+
+
+def book(notebooks):
+    "The pages of the book's parts: {path: text}."
+    pages, chapters = {}, matching(notebooks, "[0-9]*")
+    whole = BOOK
+    for page, (_, title, about) in PARTS.items():
+        about = " ".join(about.split())
+        own = {path: nb for path, nb in chapters.items() if part_of(path) == page}
+        text = f"# {title}\n\n{{.lead}}\n{about}\n\n{listing(own, '../')}\n"
+        pages[f"book/{page}.md"] = text + toctree(f"../{path[:-6]}" for path in own)
+        links = (f"[{title_and_lead(nb)[0]}](../{path})" for path, nb in own.items())
+        whole += f"\n## [{title}]({page}.md)\n\n{about}\n\n" + " · ".join(links) + "\n"
+    return {"book/index.md": whole, **pages}
+
+
+def sidebar(notebooks):
+    "The four ways through the site."
+    guides, recipes = (matching(notebooks, *p) for p in (("guides/*",), RECIPES))
+    parts = ["All chapters <book/index>", *(f"book/{page}" for page in PARTS)]
+    return "\n".join(
+        toctree(entries, caption)
+        for caption, entries in {
+            "Guides": [path[:-6] for path in guides],
+            "Recipes": [path[:-6] for path in recipes],
+            "The book": parts,
+            "Reference": REFERENCE,
+        }.items()
+    )
