@@ -35,7 +35,7 @@ PAGES = [*ROOT.glob("*.md"), ROOT / "benchmarks" / "LOG.md", *(ROOT / "docs").rg
 PAGES += [path for path in (ROOT / "nbs").rglob("*.ipynb") if "checkpoints" not in str(path)]
 ELSEWHERE = {"cd", "git", "llama-server", "ollama", "pre-commit", "source", "srun", "vllm"}
 FOLDERS = {"benchmarks", "configs", "docs", "nbs", "tests", "tools"}
-PYTHON, PLAIN = {"py", "python"}, {"", "text"}
+PYTHON, PLAIN = {"py", "python"}, {"", "text", "markdown"}
 SHELL, DATA = {"sh", "bash", "shell"}, {"json", "jsonl", "yaml"}
 
 
@@ -251,6 +251,9 @@ def find(node, names):
         return made if inspect.isclass(made) else None
     if isinstance(node, ast.Attribute):
         owner = find(node.value, names)
+        module = f"lorabook.{node.attr}"
+        if owner is lb and node.attr not in lb.__all__ and importlib.util.find_spec(module):
+            return import_module(module)
         if owner is lb or inspect.isclass(owner) and not is_dataclass(owner):
             return getattr(owner, node.attr)
         return getattr(owner, node.attr, None)
