@@ -45,6 +45,15 @@ def nearest(
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
+def _wrong_value(key, found, todo):
+    return ConfigError(f"`{key}` can't have this value.", found, todo)
+
+
+def _unknown_key(key, name, value, known, todo=""):
+    todo = f"Use one of: {', '.join(known)}{todo}"
+    return ConfigError(f"Unknown key `{key}`.", f"{name}: {value!r:.500}", todo)
+
+
 _YES_AND_NO = " YAML reads yes, no, on and off as true and false; a text goes into quotes."
 
 
@@ -62,20 +71,14 @@ def _faults(error, section, cls):
             homes = () if section else SECTIONS.items()
             inside = [f"{home}.{name}" for home, kind in homes if name in kind.__dataclass_fields__]
             hint = f" Did you mean `{inside[0]}`?" if inside else nearest(name, fields)
-            todo = f"Use one of: {', '.join(fields)}.{hint}"
-            found = f"{name}: {e['input']!r:.500}"
-            faults.append(ConfigError(f"Unknown key `{key}`.", found, todo))
+            faults.append(_unknown_key(key, name, e["input"], fields, f".{hint}"))
         else:
-            wrong.setdefault((key, f"{e['input']!r:.500}", type(e["input"]).__name__), []).append(
-                e["msg"]
-            )
+            found = f"{e['input']!r:.500} ({type(e['input']).__name__})"
+            more = _YES_AND_NO if isinstance(e["input"], bool) else ""
+            wrong.setdefault((key, found, more), []).append(e["msg"])
     return faults + [
-        ConfigError(
-            f"`{key}` can't have this value.",
-            f"{value} ({kind})",
-            ", or: ".join(messages) + "." + _YES_AND_NO * (kind == "bool"),
-        )
-        for (key, value, kind), messages in wrong.items()
+        _wrong_value(key, found, ", or: ".join(messages) + "." + more)
+        for (key, found, more), messages in wrong.items()
     ]
 
 # %% ../nbs/01_config.ipynb #0447bdf7
@@ -191,8 +194,8 @@ class DataSettings(_Settings):
             )
         if len(self.split) == 3 and self.split[0] > 0:
             return self
-        raise ConfigError(
-            "`data.split` can't have this value.",
+        raise _wrong_value(
+            "data.split",
             self.split,
             "Give three parts, train : validation : test, with train above 0, such as [9, 1, 1].",
         )
@@ -237,37 +240,28 @@ def _passed_through_faults(values):
         return []
     from transformers import TrainingArguments
 
-    known, faults = get_type_hints(TrainingArguments), []
-    names = [
-        field.name
-        for field in dataclasses.fields(TrainingArguments)
-        if field.init and field.name not in _OURS
-    ]
-    for name, value in extra.items():
-        found = f"{name}: {'***' if name == 'hub_token' else repr(value)}"
-        if name in _OURS:
-            faults.append(ConfigError(f"`training.{name}` can't be set.", found, _OURS[name]))
-        elif name not in names:
-            todo = f"Use one of: {', '.join(own)}; or a field of transformers.TrainingArguments."
-            faults.append(
-                ConfigError(
-                    f"Unknown key `training.{name}`.", found, todo + nearest(name, own + names)
-                )
-            )
-        else:
-            kind = TypeAdapter(known[name], config=ConfigDict(arbitrary_types_allowed=True))
-            try:
-                kind.validate_python(value)
-            except ValidationError as error:
-                messages = ", or: ".join(dict.fromkeys(e["msg"] for e in error.errors()))
-                faults.append(
-                    ConfigError(
-                        f"`training.{name}` can't have this value.",
-                        f"{value!r} ({type(value).__name__})",
-                        f"{messages}.",
-                    )
-                )
-    return faults
+    hints = get_type_hints(TrainingArguments)
+    theirs = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    found = (_passed_through_fault(name, value, own, theirs) for name, value in extra.items())
+    return [fault for fault in found if fault]
+
+
+def _passed_through_fault(name, value, own, theirs):
+    "What is wrong with one of them, if anything."
+    key, shown = f"training.{name}", "***" if name == "hub_token" else repr(value)
+    if name in _OURS:
+        return ConfigError(f"`{key}` can't be set.", f"{name}: {shown}", _OURS[name])
+    if name not in theirs:
+        known = [*own, *(field for field in theirs if field not in _OURS)]
+        more = f"; or a field of transformers.TrainingArguments.{nearest(name, known)}"
+        return _unknown_key(key, name, value, own, more)
+    kind = TypeAdapter(theirs[name], config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        kind.validate_python(value)
+    except ValidationError as error:
+        messages = ", or: ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+        return _wrong_value(key, f"{value!r} ({type(value).__name__})", f"{messages}.")
+    return None
 
 
 @_settings("training")
@@ -328,14 +322,11 @@ class TrainingSettings(_Settings):
             raise ConfigError("\n".join(map(str, faults)))
         evaluations = self.eval_steps or self.logging_steps
         if self.max_steps == 0:
-            raise ConfigError(
-                "`training.max_steps` can't have this value.",
-                0,
-                "Give a number of steps, or -1 to count epochs.",
-            )
+            todo = "Give a number of steps, or -1 to count epochs."
+            raise _wrong_value("training.max_steps", 0, todo)
         if self.save_steps and self.save_steps % evaluations:
-            raise ConfigError(
-                "`training.save_steps` can't have this value.",
+            raise _wrong_value(
+                "training.save_steps",
                 f"{self.save_steps}, with an evaluation every {evaluations} steps",
                 "Give a multiple, so that the best evaluation has a checkpoint; or leave it out.",
             )

@@ -138,8 +138,8 @@ def read_run(
             record.config, record.began = RunConfig.from_yaml(config), config.stat().st_mtime
         record.saved = _has_adapter(folder, record.began)
         if not held and not figures:
-            after = " after its adapter was saved" * record.saved
-            record.why = str(end.get("why", f"it left no word{after}"))
+            silent = "it left no word" + " after its adapter was saved" * record.saved
+            record.why = str(end.get("why", silent))
         record.steps, record.curve = _read_log(folder)
         if figures:
             _add_figures(record, figures)

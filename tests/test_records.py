@@ -6,14 +6,11 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
-from test_survive import rows
 from transformers import TrainerCallback
 
 from lorabook.config import RunConfig
 from lorabook.records import compare_runs, list_runs
 from lorabook.run import run_training
-
-__all__ = ["rows"]  # a fixture
 
 
 class Look(TrainerCallback):
@@ -27,12 +24,12 @@ class Look(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def run(rows, tmp_path_factory):
+def run(thirty, tmp_path_factory):
     "A folder with a finished run, its result, and the states that it was in."
     home = tmp_path_factory.mktemp("all") / "runs"
     home.mkdir()
     short = "max_steps=4", "batch_size=2", "gradient_accumulation_steps=1", "logging_steps=2"
-    changes = [f"data.train_file={rows}", "data.split=[8,1,1]", "model.quantization=none"]
+    changes = [f"data.train_file={thirty}", "data.split=[8,1,1]", "model.quantization=none"]
     changes += [f"training.{change}" for change in short]
     cfg = RunConfig(output_dir=str(home / "first")).override(*changes)
     look = Look(home)

@@ -106,7 +106,6 @@ _SAME_NAME = (
     "max_steps",
     "num_train_epochs",
     "lr_scheduler_type",
-    "warmup_steps",
     "weight_decay",
     "logging_steps",
     "save_total_limit",
@@ -125,6 +124,11 @@ def _keeping_the_best(cfg, has_eval):
         metric_for_best_model="eval_loss" if has_eval else None,
         greater_is_better=False if has_eval else None,
     )
+
+
+def _warmup(cfg):
+    "The warm-up; none for a single step, as its first rate is 0."
+    return 0 if cfg.max_steps == 1 and cfg.warmup_steps < 1 else cfg.warmup_steps
 
 
 def training_arguments(
@@ -149,12 +153,11 @@ def training_arguments(
         per_device_eval_batch_size=2 * rows,
         gradient_accumulation_steps=steps,
         learning_rate=suggest_learning_rate(model) if auto_rate else cfg.learning_rate,
+        warmup_steps=_warmup(cfg),
         **_checkpointing(recomputed(cfg, on_cpu) == 1),
         **_sampling(by_length),
         dataloader_pin_memory=weight.device.type in ("cuda", "xpu"),
     )
-    if cfg.max_steps == 1 and cfg.warmup_steps < 1:
-        values["warmup_steps"] = 0  # a warm-up begins at a rate of 0, and the step would be lost
     try:
         return TrainingArguments(**values | _passed_through(cfg))
     except (TypeError, ValueError) as error:
