@@ -69,7 +69,7 @@ def _server(path, host, port, token):
 
 def serve_app(
     host: str = "127.0.0.1",  # address to listen on; 0.0.0.0: all that this machine has
-    port: int = 8866,  # of this and no other
+    port: int = 8866,  # no other is tried
     browser: bool = True,  # whether to open the page
 ):  # raises `LorabookError`
     "Show the guided run in a browser, until Ctrl-C."

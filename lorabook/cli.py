@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/81_cli.ipynb #45fb4b53
 import argparse
 import gc
+import io
 import os
 import sys
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .app import serve_app
-from .config import RunConfig
+from .config import RunConfig, nearest
 from .describe import commented_yaml
 from .errors import LorabookError, TrainingStopped
 
@@ -79,13 +80,15 @@ def _plan(arguments):
         from lorabook.devices import device_table, fit
         from lorabook.hardware import find_device
 
-    device = find_device(name)
-    length = cfg.model.max_length
-    print("The config as it is, with the usual settings in place of `auto`.")
-    print(f"Rows of {length} tokens (a run reads the data first, and plans for its longest row).")
-    print(device_table(cfg, devices=[name] if name else None, processes=processes))
-    found = fit(cfg, name, processes=processes)
-    print(f"\nWhat `lorabook run` takes on {device.name}", found, sep="\n")
+    table = device_table(cfg, devices=[name] if name else None, processes=processes)
+    try:
+        found = fit(cfg, name, processes=processes)
+        print(f"What `lorabook run` would take on {find_device(name).name}, if the longest row of")
+        print(f"the data has {cfg.model.max_length} tokens:\n\n{found}\n")
+    finally:  # if it does not fit, the table shows where it would
+        print("How far the memory goes. Where the config says `auto`, this is the choice that")
+        print("needs little; a run takes it only where a faster one does not fit:\n")
+        print(table)
 
 
 def _config(arguments):
@@ -107,11 +110,11 @@ def _runs(arguments):
 
 
 def _chat(arguments):
-    "Talk to an adapter."
+    "Talk to a model."
     with _loading():
         from lorabook.terminal import chat_in_terminal
 
-    chat_in_terminal(arguments.adapter, arguments.system)
+    chat_in_terminal(arguments.folder, arguments.system)
 
 
 def _merge(arguments):
@@ -210,8 +213,8 @@ _COMMANDS: dict[str, tuple] = {
     ),
     "chat": (
         _chat,
-        "talk to an adapter and to its base model",
-        _ADAPTER,
+        "talk to an adapter and to its base model, or to a merged model",
+        _FOLDER,
         ("--system", dict(default="", metavar="PROMPT", help="the system prompt; none: empty")),
     ),
     "merge": (
@@ -239,6 +242,12 @@ _COMMANDS: dict[str, tuple] = {
 }
 
 
+def _options(arguments):
+    "The names of all options."
+    for argument in arguments:
+        yield from _options(argument) if isinstance(argument, list) else argument[:1]
+
+
 def _add(command, arguments):
     "Give a command its arguments."
     for argument in arguments:
@@ -258,10 +267,14 @@ def _read(argv):
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(do=do)
         _add(command, arguments)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
+        parser.error(f"there is no command `{words[0]}`.{nearest(words[0], _COMMANDS)}")
     found, rest = parser.parse_known_args(argv)
     changes = vars(found).get("config")  # of which some may stand behind an option
     if wrong := [word for word in rest if changes is None or word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        hint = nearest(wrong[0], _options(_COMMANDS[found.command][2:]))
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}.{hint}")
     if changes is not None:
         changes += rest
     return found.do, found
@@ -271,7 +284,12 @@ def main(
     argv: list[str] | None = None,  # None: those of the process
 ) -> int:  # 0; 2 after an error of ours; 130 if it was stopped
     "The `lorabook` command."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
+            stream.reconfigure(errors="replace")
     do, arguments = _read(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
     try:
         do(arguments)
     except TrainingStopped as error:

@@ -45,6 +45,9 @@ def nearest(
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
+_YES_AND_NO = " YAML reads yes, no, on and off as true and false; a text goes into quotes."
+
+
 def _faults(error, section, cls):
     "What pydantic found, as a list of `ConfigError`s, one for each key."
     faults, wrong, fields = [], {}, [f.name for f in dataclasses.fields(cls)]
@@ -68,7 +71,9 @@ def _faults(error, section, cls):
             )
     return faults + [
         ConfigError(
-            f"`{key}` can't have this value.", f"{value} ({kind})", ", or: ".join(messages) + "."
+            f"`{key}` can't have this value.",
+            f"{value} ({kind})",
+            ", or: ".join(messages) + "." + _YES_AND_NO * (kind == "bool"),
         )
         for (key, value, kind), messages in wrong.items()
     ]

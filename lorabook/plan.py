@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
 from peft.helpers import disable_input_dtype_casting
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import RunConfig, as_config
 from lorabook.dryrun import (
@@ -32,7 +33,7 @@ from lorabook.hardware import (
     find_device,
     packed_attention,
 )
-from .model.adapter import decoder_layers, recompute_layers, setup_lora
+from .model.adapter import decoder_layers, recompute_layers, setup_lora, trained_parameters
 from .model.attention import use_varlen
 from .model.layer import fuse_layers
 from .model.load import load_config
@@ -104,7 +105,7 @@ def optimizer_state(
 
 def _train(model, forward, work, ledger):
     "A training step; returns the optimizer's state, and the storages of the gradients."
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     ledger.phase = "optimizer"
     state = optimizer_state(trained, work.optimizer)
     if work.accumulates:
@@ -167,8 +168,9 @@ def _run_step(model, work, dtype, ledger, device, evaluates):
         recompute_by_gpu_rules(model)
     cast = dtype in (torch.bfloat16, torch.float16)
     one_by_one = within and device.device == "cpu"
+    keeps = sdpa_kernel(SDPBackend.MATH) if device.device == "mps" else nullcontext()
     with ledger, told_packing(work.packed or within, one_by_one, 0 if work.packed else work.length):
-        with disable_input_dtype_casting(model, cast):
+        with disable_input_dtype_casting(model, cast), keeps:
             state, gradients = _train(model.train(), forward, work, ledger)
         if evaluates:
             ledger.phase = "evaluation"

@@ -46,7 +46,7 @@ def _own(records):
 
 
 def _show(name, value):
-    "A score for people; nothing for None."
+    "A score for people; nothing for None. As `show_score`, without the seconds that scipy loads."
     if value is None:
         return ""
     return f"{value:.4g}" if "loss" in name else f"{value:.1%}"
@@ -56,14 +56,16 @@ def _cells(record):
     "What stands in the columns: name -> text."
     limit = record.config.training.max_steps if record.config else -1
     of_all = f" of {limit}" if limit > 0 and record.state != "finished" else ""
+    steps = "all" if record.saved and record.state != "finished" else f"{record.steps}{of_all}"
+    since = f" since {record.resumed_from}" if record.resumed_from else ""
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.began)) if record.began else ""
     lowest = min((loss for _, loss in record.curve), default=None)
     return {
         "state": record.state,
         "began": began,
-        "steps": f"{record.steps}{of_all}",
+        "steps": steps,
         "validation": _show("loss", lowest),
-        "time": f"{record.seconds:,.0f} s" if record.seconds else "",
+        "time": f"{record.seconds:,.0f} s{since}" if record.seconds else "",
         "memory": f"{record.memory / 1e9:.2f} GB" if record.memory else "",
     }
 
@@ -117,7 +119,7 @@ def _folders(folder):
 
 
 def list_runs(
-    folder: str | Path = ".",  # it, its folders and theirs are looked through, but no links
+    folder: str | Path = ".",  # searched two levels deep, without links
 ) -> Runs:  # raises `LorabookError`
     "Find the runs in a folder."
     folder, records, faults = Path(folder), [], []

@@ -34,6 +34,7 @@ class RunResult:
     seconds: dict  # phase -> seconds
     config: RunConfig  # as it was run
     checks: AdapterCheck | None = None  # None: several processes trained it
+    resumed_from: str | None = None  # the checkpoint; the time before it is not in `seconds`
 
     @cached_property
     def comparison(self) -> Comparison | None:  # None: there is no test split
@@ -46,16 +47,18 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float | None:  # None: nothing was logged
-        "Of the training, as the median of what was logged; the first is a warm-up."
+        "Speed of the training: the median of what was logged, without the first value."
         found = self.history.column("tokens_per_second")[1]
         return statistics.median(found[1:] or found) if found else None
 
     def to_dict(self) -> dict:  # what metrics.json holds
         "The figures of the run."
         tests = {"before": self.before, "after": self.after}
-        found = {n: s.to_dict() | {"intervals": s.intervals} for n, s in tests.items() if s}
+        found: dict = {n: s.to_dict() | {"intervals": s.intervals} for n, s in tests.items() if s}
         found |= {"comparison": self.comparison.to_dict()} if self.comparison else {}
         found |= {"checks": self.checks.to_dict()} if self.checks else {}
+        if self.resumed_from:
+            found["resumed_from"] = self.resumed_from
         return dict(
             found,
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,
@@ -78,7 +81,8 @@ class RunResult:
         whole, seconds = " of the process" if on_cpu else "", sum(self.seconds.values())
         rate = self.tokens_per_second
         speed = f", {rate:,.0f} tokens a second in training" if rate else ""
-        cost = f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s{speed}"
+        since = f" since {Path(self.resumed_from).name}" if self.resumed_from else ""
+        cost = f"peak memory {self.memory.peak / 1e9:.2f} GB{whole}, {seconds:.0f} s{since}{speed}"
         said = [f"{part}\n" for part in (self.comparison, self.checks) if part]
         return "\n".join([*said, cost, f"adapter: {self.adapter_dir}"])
 

@@ -31,7 +31,7 @@ from .model.load import setup_model, setup_tokenizer
 from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
 from .runfolder import note_end
-from .train.arguments import check_training_arguments
+from .train.arguments import check_training_arguments, find_doubts
 from .train.checkpoint import find_checkpoint, only_run
 from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
@@ -107,7 +107,7 @@ class Run:
             after = self._test()
             checks = self._check(adapter_dir)
         measured = self.history, self.phase.memory, self.trainable, self.phase.seconds
-        result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks)
+        result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks, self.checkpoint)
         from_first(lambda: _write_metrics(result))
         card = self.cfg, result.to_dict(), self.raw, self.history.rows, detect_hardware()
         from_first(lambda: write_card(adapter_dir, *card, self.data.report))
@@ -180,6 +180,8 @@ def open_run(
     cfg = RunConfig.from_dict(as_config(cfg).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
     with one_voice(), only_run(cfg.output_dir):
+        for doubt in find_doubts(cfg.training):
+            print(f"note: {doubt}")
         resume = resume_from_checkpoint or begins_again(cfg.output_dir)
         checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))
         run = Run(cfg, checkpoint, callbacks, tell)

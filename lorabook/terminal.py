@@ -15,8 +15,10 @@ from threading import Event
 from .config import ModelSettings
 from .errors import LorabookError
 from .export.save import load_adapter
+from .export.serve import holds_model
 from .infer.generate import chat
 from .model.adapter import leaves_base
+from .model.load import setup_model
 from .pictures import visible
 
 # %% ../nbs/76_terminal.ipynb #7b18e96b
@@ -69,6 +71,8 @@ _COMMANDS = """\
 
 def _switch(talk, to_base):
     "Let the other side answer."
+    if not hasattr(talk.model, "peft_config"):
+        return "This is a whole model: there is no adapter to switch off."
     start = talk.model.active_peft_config.init_lora_weights
     if to_base and not leaves_base(start):
         return f"The base can't be asked: the adapter began with {start!r}, which changes it."
@@ -107,20 +111,23 @@ def _next_line(talk):
 
 
 def chat_in_terminal(
-    adapter_dir: str | Path,  # from `save_model`
+    folder: str | Path,  # an adapter's, from `save_model`, or a whole model's
     system: str = "",  # the system prompt; empty: none
     max_new_tokens: int = 512,  # tokens in an answer, at most
     temperature: float = 0.0,  # 0: always the likeliest token; above: sampled
-    settings: ModelSettings | None = None,  # to load the base otherwise; None: as in training
+    settings: ModelSettings | None = None,  # other settings for the base; None: as in training
 ):  # returns when the user ends; raises `ModelError`
-    "Talk to an adapter and its base model, by lines."
-    model, tokenizer = load_adapter(adapter_dir, settings=settings)
+    "Talk to an adapter and its base model, or to a whole model, line by line."
+    whole = holds_model(Path(folder))
+    model, tokenizer = (
+        setup_model(str(folder), cfg=settings) if whole else load_adapter(folder, settings=settings)
+    )
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature)
     talk = _Conversation(model, tokenizer, system, options)
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  arrow keys, and earlier lines
-        _note(f"{Path(adapter_dir).resolve().name}: type a message, or /help")
+        _note(f"{Path(folder).resolve().name}: type a message, or /help")
     while (line := _next_line(talk)) not in (None, "/quit"):
         try:
             if line.startswith("/"):

@@ -1,5 +1,6 @@
 """For all tests: no network, one thread, no cache left behind; and what several files need."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,28 @@ def hundred():
         return path.name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def thirty(tmp_path_factory):
+    "A file of thirty short conversations, of which a run has several epochs."
+    path = tmp_path_factory.mktemp("thirty") / "rows.jsonl"
+    lines = [
+        {"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}." * (i % 5 + 1)}
+        for i in range(30)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def stir(model, std):
+    "Give every weight of an adapter a gradient, and the adapter something to say."
+    from torch.nn.init import normal_
+
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            normal_(parameter, std=std)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -17,8 +19,11 @@ NUMBERS = {  # module -> number of its notebook: model.load -> 20
 TREES = {  # module -> its syntax tree
     ".".join(path.relative_to(ROOT / "lorabook").with_suffix("").parts): ast.parse(path.read_text())
     for path in (ROOT / "lorabook").rglob("*.py")
-    if path.name not in ("__init__.py", "_modidx.py")
+    if path.name not in ("__init__.py", "__main__.py", "_modidx.py")
 }
+
+VIEWS = {module for module in TREES if module.startswith("widgets.")}
+VIEWS -= {"widgets.session", "widgets.kernel"}  # a script holds a session as well
 
 
 def imports(module):
@@ -60,7 +65,7 @@ def test_imports_of_a_module(module):
         assert other != "testing"
     for source, name in imports(module):
         assert name != "*", f"{module} imports all of {source}"
-        assert source.partition(".")[0] != "ipywidgets" or module.startswith("widgets.")
+        assert source.partition(".")[0] != "ipywidgets" or module in VIEWS
 
 
 @pytest.mark.parametrize("module", sorted(TREES, key=NUMBERS.get))
@@ -77,6 +82,11 @@ def test_a_chapter_asserts(module):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert any(re.search(r"^\s*(assert |test_\w+\(|with ExceptionExpected)", c, re.M) for c in code)
+
+
+def test_module_is_the_command():
+    words = [sys.executable, "-m", "lorabook", "--version"]
+    assert subprocess.check_output(words, text=True).strip() == lorabook.__version__
 
 
 def test_import_is_light(fresh):

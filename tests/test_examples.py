@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from configparser import ConfigParser
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -35,7 +36,7 @@ PAGES += [path for path in (ROOT / "nbs").rglob("*.ipynb") if "checkpoints" not 
 ELSEWHERE = {"cd", "git", "llama-server", "ollama", "pre-commit", "source", "srun", "vllm"}
 FOLDERS = {"benchmarks", "configs", "docs", "nbs", "tests", "tools"}
 PYTHON, PLAIN = {"py", "python"}, {"", "text"}
-SHELL, DATA = {"sh", "bash", "shell"}, {"json", "jsonl", "yaml", "toml", "ini"}
+SHELL, DATA = {"sh", "bash", "shell"}, {"json", "jsonl", "yaml"}
 
 
 def prose(path):
@@ -341,14 +342,35 @@ def test_wrong_names_are_found(code):
 # Data
 
 
-@pytest.mark.parametrize(("page", "kind", "code"), [e for e in EXAMPLES if e[1] in DATA])
-def test_data(page, kind, code):
+def check_data(kind, code):
+    "YAML has to be a config, JSON has to be JSON."
     if kind == "yaml":
         lb.RunConfig.from_dict(yaml.safe_load(code))
-    elif kind == "json":
-        json.loads(code)
-    elif kind == "jsonl":
-        assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
+    elif kind in ("json", "jsonl"):
+        for part in code.splitlines() if kind == "jsonl" else [code]:
+            json.loads(part)
+
+
+def test_data():
+    for page, kind, code in EXAMPLES:
+        try:
+            check_data(kind, code)
+        except ValueError as error:
+            pytest.fail(f"{page}: {code}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("yaml", "training: {max_steps: 3}", "training: {max_stesp: 3}"),
+        ("json", '{"a": 1}', '{"a": 1,}'),
+        ("jsonl", '{"a": 1}\n{"b": 2}', "{'a': 1}"),
+    ],
+)
+def test_wrong_data_is_found(kind, right, wrong):
+    check_data(kind, right)
+    with pytest.raises(ValueError):
+        check_data(kind, wrong)
 
 
 def test_languages_are_known():
@@ -382,3 +404,14 @@ def test_guides(path):
             assert cells[i]["outputs"], f"no answer is saved: {texts[i]}"
         elif i < last:
             assert re.search(r"^\*.+\?\*", texts[i].split("\n\n")[-1]), texts[i]
+
+
+SLOW = [path for path in sorted(GUIDES) if '"#| slow' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
+def test_slow_cells(path):
+    command = [shutil.which("nbdev_test"), "--flags", "slow", "--path", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

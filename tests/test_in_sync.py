@@ -22,7 +22,8 @@ def fresh(tmp_path_factory):
     for file in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / file, copy)
     (copy / "lorabook").mkdir()
-    shutil.copy(ROOT / "lorabook" / "__init__.py", copy / "lorabook")
+    for file in ("__init__.py", "__main__.py"):  # kept by hand
+        shutil.copy(ROOT / "lorabook" / file, copy / "lorabook")
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([NBDEV / command], cwd=copy, check=True, capture_output=True)
     return copy

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils.operations import convert_outputs_to_fp32
+from conftest import stir
 from peft import LoraConfig, get_peft_model
 
 from lorabook.data.batch import PadCollator
@@ -54,18 +55,11 @@ def lora(**options):
     return LoraConfig(**dict(r=2, target_modules="all-linear") | options)
 
 
-def stir(model):
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 def adapted(family="llama", config=None, **options):
     "The same with an adapter; without dropout, unless it is switched on."
     if family == "mamba":
         options["target_modules"] = ["in_proj", "x_proj"]
-    return stir(get_peft_model(lively(family, **config or {}), lora(**options))).eval()
+    return stir(get_peft_model(lively(family, **config or {}), lora(**options)), 0.1).eval()
 
 
 def rows(*lengths, vocabulary=128, prompt=4):
@@ -180,7 +174,7 @@ TRAINED_HEADS = {
 @pytest.mark.parametrize("adapt", TRAINED_HEADS.values(), ids=TRAINED_HEADS)
 @pytest.mark.filterwarnings("ignore:.*(tie|tied).*")
 def test_heads_that_are_trained(adapt, tied):
-    model = stir(adapt(lively(tie_word_embeddings=tied)))
+    model = stir(adapt(lively(tie_word_embeddings=tied)), 0.1)
     assert_same(model.train())
     assert check_loss(model) is None
 
@@ -224,7 +218,7 @@ def test_dropout_in_a_head(monkeypatch):
 def test_native_adapter():
     model = lively("gemma2")
     model.add_adapter(lora(target_modules=["q_proj", "down_proj"]))
-    assert_same(stir(model).eval())
+    assert_same(stir(model, 0.1).eval())
     assert check_loss(model) is None
 
 

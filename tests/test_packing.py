@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import stir
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,11 +51,7 @@ def rows(builtin):
 def adapted(request):
     "The built-in model in float32 with an adapter whose every weight gets a gradient."
     cfg = ModelSettings(quantization="none", dtype="float32", attn_implementation=request.param)
-    model = setup_lora(setup_model(cfg=cfg)[0], LoraSettings(r=4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval()
+    return stir(setup_lora(setup_model(cfg=cfg)[0], LoraSettings(r=4)), 0.02).eval()
 
 
 def gradient_of(model, batches, trained):

@@ -17,7 +17,7 @@ from test_survive import (
     changes,
     make_trainer,
     poison_row_11,
-    rows,
+    run_out,
     trained,
     zygote,
 )
@@ -31,7 +31,7 @@ from lorabook.train.callbacks import SamplesCallback
 from lorabook.train.loop import train_loop
 from lorabook.train.trainer import get_history
 
-__all__ = ["rows", "zygote"]  # fixtures
+__all__ = ["zygote"]  # a fixture
 COMMAND = [sys.executable, "-c", "import sys; from lorabook.cli import main; sys.exit(main())"]
 
 
@@ -109,17 +109,7 @@ def test_memory_runs_out_in_one_of_them(tmp_path):
 
 
 def test_memory_runs_out_where_layers_are_shared(tmp_path):
-    def fail(trainer):
-        usual = trainer.compute_loss
-
-        def limited(model, inputs, *args, **kwargs):
-            if inputs["labels"].numel() > 30:
-                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return usual(model, inputs, *args, **kwargs)
-
-        trainer.compute_loss = limited
-
-    for message in in_processes(partial(train, tmp_path, fail, fsdp=True)):
+    for message in in_processes(partial(train, tmp_path, run_out, fsdp=True)):
         assert "Memory ran out in training" in message and "have to stay in step" in message
 
 
@@ -164,9 +154,9 @@ def flat(scores):
     return {name: value for name, value in scores.items() if name != "intervals"} | ends
 
 
-def test_whole_run(rows, tmp_path):
+def test_whole_run(thirty, tmp_path):
     "Scores, files and output of a run in two processes; quantized layers shared out."
-    options = changes(rows, "training.max_steps=4", "lora.dropout=0", "model.quantization=nf4")
+    options = changes(thirty, "training.max_steps=4", "lora.dropout=0", "model.quantization=nf4")
 
     def run(name, *more):
         cfg = RunConfig().override(*options, *more, f"output_dir={tmp_path / name}")
@@ -182,10 +172,10 @@ def test_whole_run(rows, tmp_path):
         assert (tmp_path / name / "metrics.json").exists()
 
 
-def test_adapter_of_shared_layers_loads_alone(rows, tmp_path):
+def test_adapter_of_shared_layers_loads_alone(thirty, tmp_path):
     from lorabook.export.save import load_adapter
 
-    options = changes(rows, "training.max_steps=4", "training.fsdp=true")
+    options = changes(thirty, "training.max_steps=4", "training.fsdp=true")
     cfg = RunConfig().override(*options, f"output_dir={tmp_path}/run")
     result, _ = in_processes(lambda: run_training(cfg))
     model, _ = load_adapter(result.adapter_dir)
@@ -211,9 +201,9 @@ def read_until(process, words):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rows, tmp_path_factory):
+def undisturbed(thirty, tmp_path_factory):
     "Changes of a run in two processes, and the folder of one that ran to its end."
-    options = changes(rows, "training.logging_steps=1", "training.eval_steps=4")
+    options = changes(thirty, "training.logging_steps=1", "training.eval_steps=4")
     folder = tmp_path_factory.mktemp("undisturbed")
     cfg = RunConfig().override(*options, f"output_dir={folder}")
     in_processes(lambda: run_training(cfg))
@@ -235,8 +225,8 @@ def test_launcher_is_told_to_stop(undisturbed, tmp_path):
     assert_same(folder, whole)
 
 
-def test_stopped_before_it_begins(rows, tmp_path):
-    with start(changes(rows), f"output_dir={tmp_path}/run", "--nproc", "2") as process:
+def test_stopped_before_it_begins(thirty, tmp_path):
+    with start(changes(thirty), f"output_dir={tmp_path}/run", "--nproc", "2") as process:
         text = read_until(process, "[1/6] data")
         os.killpg(process.pid, signal.SIGINT)
         text += process.stdout.read()
@@ -244,9 +234,9 @@ def test_stopped_before_it_begins(rows, tmp_path):
     assert "SIGINT came" in text
 
 
-def test_launcher_is_killed(rows, tmp_path):
+def test_launcher_is_killed(thirty, tmp_path):
     "Its processes save, and end."
-    options = changes(rows, "training.max_steps=2000", "training.logging_steps=1")
+    options = changes(thirty, "training.max_steps=2000", "training.logging_steps=1")
     with start(options, f"output_dir={tmp_path}/run", "--nproc", "2") as process:
         read_until(process, "step    5/2000")
         workers = psutil.Process(process.pid).children()
@@ -294,8 +284,8 @@ def test_machine_that_is_lost(undisturbed, tmp_path):
     assert_same(folder, whole)
 
 
-def test_first_process_speaks_alone(rows, tmp_path, capfd):
-    options = changes(rows, "training.max_steps=2")
+def test_first_process_speaks_alone(thirty, tmp_path, capfd):
+    options = changes(thirty, "training.max_steps=2")
     cfg = RunConfig().override(*options, f"output_dir={tmp_path}/run")
     assert in_processes(lambda: run_training(cfg) is not None and is_first()) == [True, False]
     assert capfd.readouterr().out.count("[4/6] train") == 1
@@ -312,7 +302,7 @@ def test_samples_while_layers_are_shared(tmp_path):
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
 
 
-def test_plain_loop_is_for_one_process(rows, tmp_path):
+def test_plain_loop_is_for_one_process(thirty, tmp_path):
     def loop():
         with pytest.raises(ConfigError, match="The plain loop is for one process"):
             train_loop(None, None, None, output_dir=tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from chat_templates import SHAPES
+from conftest import stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,9 +121,7 @@ def test_served(tmp_path, capsys):
     model, tokenizer = setup_model(cfg=ModelSettings(quantization="none"))
     model = setup_lora(model)
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
+    stir(model, 0.01)
     adapter = save_model(model, tokenizer, tmp_path, "builtin")
     merged = merge_adapter(adapter, tmp_path / "a model", dtype="float32", check=False)
     question = "My problem is knee pain. It has lasted 3 days. What is the symptom?"

@@ -72,18 +72,6 @@ def zygote():
         process.stdin.close()
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    "A file with so few conversations that a run has several epochs."
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [
-        {"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}." * (i % 5 + 1)}
-        for i in range(30)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
-
-
 def changes(rows, *more):
     "A short run: 16 steps of about 6 an epoch, with dropout, evaluations and checkpoints."
     settings = "max_steps=16", "batch_size=2", "gradient_accumulation_steps=2", "logging_steps=2"
@@ -110,10 +98,10 @@ def assert_same(folder, other):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"], ids=["end to end", "padded, by length"])
-def test_killed_at_any_moment(attention, rows, zygote, tmp_path, request):
+def test_killed_at_any_moment(attention, thirty, zygote, tmp_path, request):
     kills, chance = (15 if request.config.getoption("--slow") else 1), random.Random(0)
     whole = tmp_path / "whole"
-    options = changes(rows, f"model.attn_implementation={attention}")
+    options = changes(thirty, f"model.attn_implementation={attention}")
     begun = time.monotonic()
     assert zygote([*options, f"output_dir={whole}"], tmp_path / "log") == 0
     seconds = time.monotonic() - begun
@@ -134,8 +122,8 @@ def test_killed_at_any_moment(attention, rows, zygote, tmp_path, request):
         done += 1
 
 
-def test_interrupted_and_resumed(rows, zygote, tmp_path):
-    options = changes(rows, "training.logging_steps=1", "training.eval_steps=2")
+def test_interrupted_and_resumed(thirty, zygote, tmp_path):
+    options = changes(thirty, "training.logging_steps=1", "training.eval_steps=2")
     whole, folder = tmp_path / "whole", tmp_path / "interrupted"
     assert zygote([*options, f"output_dir={whole}"], tmp_path / "log") == 0
     command = [sys.executable, "-c", "import sys; from lorabook.cli import main; sys.exit(main())"]
@@ -206,18 +194,18 @@ def test_finished_run_started_again(tmp_path, refused):
         assert torch.equal(trained(again)[name], weight), name
 
 
-def test_finished_run_resumed(rows, zygote, tmp_path):
+def test_finished_run_resumed(thirty, zygote, tmp_path):
     "There is nothing left to train."
-    options, log = changes(rows, f"output_dir={tmp_path}/run"), tmp_path / "log"
-    whole = changes(rows, f"output_dir={tmp_path}/whole")
+    options, log = changes(thirty, f"output_dir={tmp_path}/run"), tmp_path / "log"
+    whole = changes(thirty, f"output_dir={tmp_path}/whole")
     assert zygote(whole, log) == zygote(options, log) == 0
     assert zygote(options, log, resume=True) == 0, log.read_text()
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert not (tmp_path / "run" / "checkpoint-17").exists()
 
 
-def test_time_is_over(rows, tmp_path):
-    cfg = RunConfig().override(*changes(rows), f"output_dir={tmp_path}/run")
+def test_time_is_over(thirty, tmp_path):
+    cfg = RunConfig().override(*changes(thirty), f"output_dir={tmp_path}/run")
     with pytest.raises(TrainingStopped, match="after step 1 of 16") as stopped:
         run_training(cfg.override("training.max_time=1e-6"))
     assert "checkpoint-1" in str(stopped.value) and "resume_from_checkpoint=True" in str(
@@ -225,12 +213,13 @@ def test_time_is_over(rows, tmp_path):
     )
     assert read_run(tmp_path / "run").state == "stopped"
     assert run_training(cfg, resume_from_checkpoint=True).to_dict()["steps"] == 16
-    assert read_run(tmp_path / "run").state == "finished"
+    record = read_run(tmp_path / "run")
+    assert (record.state, record.resumed_from) == ("finished", "checkpoint-1")
 
 
-def test_second_run_into_the_same_folder(rows, zygote, tmp_path):
+def test_second_run_into_the_same_folder(thirty, zygote, tmp_path):
     with only_run(tmp_path / "run"):
-        code = zygote([*changes(rows), f"output_dir={tmp_path}/run"], tmp_path / "log")
+        code = zygote([*changes(thirty), f"output_dir={tmp_path}/run"], tmp_path / "log")
     assert code == 3 and "Another run is writing" in (tmp_path / "log").read_text()
 
 
@@ -255,7 +244,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_disk_full(rows, small_disk, refused):
+def test_disk_full(thirty, small_disk, refused):
     "The disk is full at the third checkpoint; the two before it are whole, and it goes on later."
     folder, filler = small_disk / "run", small_disk / "filler"
 
@@ -268,7 +257,7 @@ def test_disk_full(rows, small_disk, refused):
             except OSError:
                 pass
 
-    cfg = RunConfig().override(*changes(rows), f"output_dir={folder}")
+    cfg = RunConfig().override(*changes(thirty), f"output_dir={folder}")
     with refused(TrainingError, "checkpoint-10 can't be written", "untouched: checkpoint-"):
         run_training(cfg, callbacks=[Damage(9, fill)])
     assert not (folder / ".saving").exists()
@@ -278,14 +267,14 @@ def test_disk_full(rows, small_disk, refused):
     assert run_training(cfg, resume_from_checkpoint=True).to_dict()["steps"] == 16
 
 
-def test_no_right_to_write(rows, refused):
+def test_no_right_to_write(thirty, refused):
     with refused(ConfigError, "`output_dir` can't be written to", "/proc/run"):
-        run_training(RunConfig().override(*changes(rows), "output_dir=/proc/run"))
+        run_training(RunConfig().override(*changes(thirty), "output_dir=/proc/run"))
 
 
-def test_damaged_checkpoints(rows, zygote, tmp_path):
-    options, log = changes(rows, f"output_dir={tmp_path}/run"), tmp_path / "log"
-    whole = changes(rows, f"output_dir={tmp_path}/whole")
+def test_damaged_checkpoints(thirty, zygote, tmp_path):
+    options, log = changes(thirty, f"output_dir={tmp_path}/run"), tmp_path / "log"
+    whole = changes(thirty, f"output_dir={tmp_path}/whole")
     assert zygote(whole, log) == zygote(options, log) == 0
     (tmp_path / "run" / "metrics.json").unlink()
     listed = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
@@ -371,8 +360,8 @@ def test_out_of_memory_in_an_evaluation(tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_out_of_memory_with_one_conversation(tmp_path, refused):
-    trainer = make_trainer(tmp_path)
+def run_out(trainer):
+    "Let memory run out with more than thirty tokens at once."
     usual = trainer.compute_loss
 
     def limited(model, inputs, *args, **kwargs):
@@ -381,6 +370,11 @@ def test_out_of_memory_with_one_conversation(tmp_path, refused):
         return usual(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = limited
+
+
+def test_out_of_memory_with_one_conversation(tmp_path, refused):
+    trainer = make_trainer(tmp_path)
+    run_out(trainer)
     with refused(HardwareError, "with 60 tokens at once", "a single conversation"):
         trainer.train()
 

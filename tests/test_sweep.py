@@ -47,17 +47,11 @@ def frozen():
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory):
+def cfg(thirty):
     "Runs of six steps on thirty short conversations, with an evaluation after every second."
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [
-        {"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}." * (i % 5 + 1)}
-        for i in range(30)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
     settings = "max_steps=6", "batch_size=2", "gradient_accumulation_steps=1", "logging_steps=1"
     settings += ("eval_steps=2",)
-    changes = [f"data.train_file={path}", *(f"training.{change}" for change in settings)]
+    changes = [f"data.train_file={thirty}", *(f"training.{change}" for change in settings)]
     return RunConfig().override("model.quantization=none", *changes)
 
 

@@ -107,21 +107,16 @@ def merged_in(tmp_path, fresh, shard, **config):
     return int(result.stdout.splitlines()[-1]), size
 
 
-def test_memory_of_a_merge(tmp_path, fresh):
-    shapes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=10)
-    heads = dict(num_attention_heads=16, num_key_value_heads=8)
-    peak, size = merged_in(tmp_path, fresh, "200MB", **shapes, **heads)
-    assert size > 300e6
-    assert peak < 2 * 200e6, f"{peak / 1e6:.0f} MB"
-
-
-@pytest.mark.slow
-def test_memory_of_a_large_merge(tmp_path, fresh):
-    shapes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=20)
-    heads = dict(num_attention_heads=32, num_key_value_heads=8)
-    peak, size = merged_in(tmp_path, fresh, "500MB", **shapes, **heads)
-    assert size > 2.4e9
-    assert peak < 2 * 500e6, f"{peak / 1e6:.0f} MB"
+@pytest.mark.parametrize(
+    "heads, layers, shard, least",  # MB of a shard, and of the model
+    [(16, 10, 200, 300), pytest.param(32, 20, 500, 2400, marks=pytest.mark.slow)],
+)
+def test_memory_of_a_merge(heads, layers, shard, least, tmp_path, fresh):
+    shapes = dict(hidden_size=64 * heads, intermediate_size=256 * heads, num_hidden_layers=layers)
+    counts = dict(num_attention_heads=heads, num_key_value_heads=8)
+    peak, size = merged_in(tmp_path, fresh, f"{shard}MB", **shapes, **counts)
+    assert size > least * 1e6
+    assert peak < 2 * shard * 1e6, f"{peak / 1e6:.0f} MB"
 
 
 def merge_and_die(folder, target):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import stir
 
 from lorabook.config import ModelSettings
 from lorabook.export.save import save_model
@@ -64,9 +65,7 @@ def endless(tmp_path_factory):
     model, tokenizer = setup_model(cfg=ModelSettings(quantization="none"))
     model = setup_lora(model)
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    stir(model, 0.3)
     return save_model(model, tokenizer, tmp_path_factory.mktemp("noise"), "builtin")
 
 
@@ -105,3 +104,8 @@ def test_conversation(terminal):
     terminal.type("\x04")
     assert terminal.program.wait(60) == 0
     assert "\x1b[2J" not in terminal.shown
+
+
+def test_no_progress_bars_in_a_log(fresh):
+    code = "from lorabook.cli import main\nmain(['config'])\nfrom tqdm import tqdm\n"
+    assert fresh(code + "print(tqdm([]).disable)").stdout.splitlines()[-1] == "True"

@@ -255,8 +255,9 @@ def _split_report(name, rows, max_length):
     ), np.flatnonzero(keep)
 
 # %% ../../nbs/33_data.batch.ipynb #c408ef01
-def _histogram_svg(report, width=168, height=36):
+def _histogram_svg(report):
     "The lengths as bars; red where they are above the maximum."
+    width, height = 168, 36
     step, peak, bars = width / len(report.counts), max(report.counts), []
     for i, count in enumerate(report.counts):
         low, high, tall = report.edges[i], report.edges[i + 1], height * count / peak

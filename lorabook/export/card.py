@@ -159,12 +159,12 @@ def _data(cfg, splits):
     return "\n\n".join(filter(None, tables))
 
 
-def _curve(history, count=8):
-    "A table of what was logged, at so many steps."
+def _curve(history):
+    "A table of what was logged, at eight steps."
     rows = [row for row in history if {"loss", "eval_loss"} & row.keys()]
     rows = [row for row in rows if "eval_loss" in row] or rows
-    every = (len(rows) - 1) / (count - 1)
-    chosen = sorted({round(i * every) for i in range(count)}) if rows else ()
+    every = (len(rows) - 1) / 7
+    chosen = sorted({round(i * every) for i in range(8)}) if rows else ()
     show = lambda row, name: f"{row[name]:.4g}" if name in row else ""
     lines = [(rows[i]["step"], show(rows[i], "loss"), show(rows[i], "eval_loss")) for i in chosen]
     return _table(("step", "training loss", "validation loss"), lines, "---:")
@@ -270,7 +270,7 @@ def write_card(
     hardware: Hardware | None = None,  # that it was trained on
     report: DataReport | None = None,  # of `prepare_datasets`, of what was trained
 ) -> ModelCard:  # that was written as README.md, in place of an older one; raises `ModelError`
-    "Write what is known of an adapter into its folder."
+    "Write a README for an adapter that says what was measured."
     folder, name = Path(adapter_dir), cfg.model.name
     if not (folder / "adapter_config.json").exists():
         raise ModelError(

@@ -122,7 +122,7 @@ class AdapterCheck:
 
     @property
     def ok(self) -> bool:
-        "Nothing is wrong, as far as it could be told."
+        "Whether nothing wrong was found."
         return all(ok is not False for *_, ok in self.rows)
 
     def to_dict(self) -> dict:  # check -> {found, ok}
@@ -145,7 +145,7 @@ def check_adapter(
     adapter_dir: str | Path,  # from `save_model`
     model=None,  # the one that was saved; None: what needs it is not checked
     tokenizer=None,  # of the model; None: that of the folder is not compared
-    rows: list | None = None,  # with `messages`, trained or not; None: only one made up
+    rows: list | None = None,  # with `messages`, to be tried; None: a made-up one
     fingerprint: str | None = None,  # `base_fingerprint` before the training; None: not checked
 ) -> AdapterCheck:  # raises `ModelError` for a folder that can't be read
     "Check a saved adapter against the model in memory, before that is gone."

@@ -28,7 +28,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class AdapterInfo:
     "An adapter's folder, as far as it can be known without its weights."
 
-    folder: Path  # it is in
+    folder: Path  # the adapter's
     base: str  # the name of its base model: of run.yaml, else of adapter_config.json
     config: dict  # adapter_config.json, in PEFT's words
     run: RunConfig | None  # run.yaml; None: it is not there
@@ -98,7 +98,7 @@ def _check_patterns(folder, config):
 def read_adapter(
     adapter_dir: str | Path,  # from `save_model`, or another with a LoRA of PEFT
 ) -> AdapterInfo:  # raises `ModelError`, and `ConfigError` for a broken run.yaml
-    "What is known of an adapter; its weights are not read."
+    "Read what an adapter's folder says about it, without its weights."
     folder = Path(adapter_dir)
     if not (folder / _CONFIG).is_file():
         raise _no_adapter(folder)
@@ -130,7 +130,7 @@ def _no_weights(info):
 def read_weights(
     info: AdapterInfo,
 ) -> dict:  # name -> tensor, on the CPU; raises `ModelError`
-    "The weights of an adapter, which are there and all numbers."
+    "Read the weights of an adapter; a damaged file and NaN are refused."
     path = info.folder / _WEIGHTS
     if not path.is_file():
         raise _no_weights(info)
@@ -160,7 +160,7 @@ def _misfit(info, found):
 def attach_adapter(
     model,  # a base model, or a `PeftModel`, which gets one more adapter
     info: AdapterInfo,
-    names: set,  # of the tensors in its file
+    names: set,  # names of the tensors in its file
     key: str = "default",  # what it is called in the model
     config: LoraConfig | None = None,  # None: that of its folder
 ) -> PeftModel:  # raises `ModelError` if a part of the adapter or of the model is left over
@@ -189,7 +189,7 @@ def own_tokenizer(
     model,  # the base
     tokenizer,  # of the base
 ):  # a `PreTrainedTokenizerBase`; raises `ModelError` if its tokens are not those of the base
-    "The tokenizer of the adapter's folder; if there is none, that of the base."
+    "The tokenizer in the adapter's folder; if there is none, the base model's."
     if not (info.folder / "tokenizer_config.json").is_file():
         return tokenizer
     own, rows = setup_tokenizer(str(info.folder)), model.get_input_embeddings().num_embeddings

@@ -35,11 +35,11 @@ class Merged:
     "A merged model: what it is, and how far it is from what was trained."
 
     folder: Path  # loads with transformers alone
-    base: str  # that the adapter was merged into
+    base: str  # the base model
     dtype: str  # of the weights
     size: int  # of the weights, bytes
-    files: int  # that they are in
-    layers: int  # weights with something merged into them
+    files: int  # how many hold the weights
+    layers: int  # weights that the adapter has changed
     whole: int  # weights that were trained whole
     untied: bool = False  # embedding and head were one matrix, and no longer are
     differences: list = dataclasses.field(default_factory=list)

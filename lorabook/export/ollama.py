@@ -24,7 +24,7 @@ class Frame:
     user_close: str = ""
     answer_open: str = ""
     answer_close: str = ""
-    prompt: str = ""  # where the assistant is to speak
+    prompt: str = ""  # what makes the assistant speak
     place: str = "none"  # of the system prompt; see `_OPENINGS`
     system_open: str = ""  # the beginning is in it, unless the place is `last`
     system_close: str = ""
@@ -33,7 +33,7 @@ class Frame:
         self,
         messages: list[dict],  # a conversation that ends with the user
     ) -> str:
-        "The prompt, as Go will write it."
+        "Write the prompt, as Go will write it."
         system = "".join(m["content"] for m in messages if m["role"] == "system")
         turns = [m for m in messages if m["role"] != "system"]
         spoken = self.system_open + system + self.system_close if system else ""

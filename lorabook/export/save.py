@@ -29,7 +29,7 @@ def adapter_name(
 
 
 def _name_builtin(path):
-    "Call the built-in model by its name; where it lies is a matter of the machine."
+    "Call the built-in model `builtin`, since its path differs from machine to machine."
     config = json.loads(path.read_text(encoding="utf-8"))
     if config["base_model_name_or_path"] == builtin_path("model"):
         config["base_model_name_or_path"] = "builtin"
@@ -104,7 +104,7 @@ def load_adapter(
     adapter_dir: str | Path,  # from `save_model`, or any folder with a LoRA of PEFT
     *more: str | Path,  # further adapters of the same base, to be switched to
     base: str | None = None,  # the base model, if it isn't where it was; None: as the folder has it
-    settings: ModelSettings | None = None,  # to load the base otherwise; None: as in training
+    settings: ModelSettings | None = None,  # other settings for the base; None: as in training
 ):  # (a `PeftModel` in evaluation mode, tokenizer); raises `ModelError`, `ConfigError`
     "Load a base model with its adapter, and the tokenizer that it was trained with."
     infos = [read_adapter(folder) for folder in (adapter_dir, *more)]

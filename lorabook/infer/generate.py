@@ -124,8 +124,7 @@ def generate(
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
-        alone = len(starts) == 1
-        for start in tqdm(starts, desc="generate", delay=1, leave=False, disable=alone):
+        for start in tqdm(starts, desc="generate", delay=1, leave=False) if starts[1:] else starts:
             if stop and stop.is_set():
                 break
             batch = order[start : start + batch_size]

@@ -359,7 +359,7 @@ class NamedCallbacks(CallbackHandler):
                 f"at step {state.global_step}.",
                 f"{type(error).__name__}: {error}",
                 "Mend it or leave it out; the training goes on from its last checkpoint "
-                "(`resume_from_checkpoint=True`).",
+                "(`resume_from_checkpoint=True`, or `--resume` on the command line).",
             ) from error
 
 # %% ../../nbs/60_train.callbacks.ipynb #339b826a

@@ -141,7 +141,8 @@ def check_no_checkpoint(
         raise TrainingError(
             "The output folder holds checkpoints of another training.",
             f"{output_dir}: {', '.join(left)}",
-            "Resume it (`resume_from_checkpoint=True`), give another `output_dir`, or delete them.",
+            "Resume it (`resume_from_checkpoint=True`, `--resume`), give another `output_dir`, or "
+            "delete them.",
         )
 
 
@@ -155,7 +156,8 @@ def _named(checkpoint):
     raise TrainingError(
         f"{checkpoint} can't be resumed from.",
         found,
-        "Give another checkpoint, or `resume_from_checkpoint=True` for the last whole one.",
+        "Give another checkpoint, or `resume_from_checkpoint=True` (`--resume`) for the last whole "
+        "one.",
     )
 
 # %% ../../nbs/59_train.checkpoint.ipynb #b6304523

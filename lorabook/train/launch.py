@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from .. import errors
-from ..errors import ConfigError, TrainingError, TrainingStopped
+from ..errors import ConfigError, HardwareError, TrainingError, TrainingStopped
 from ..processes import any_of_them, from_first
 from .checkpoint import find_checkpoint
 
@@ -170,7 +171,13 @@ def _interrupted(told):
 
 
 def _check_sendable(*parts):
-    "Refuse what other processes can't be given."
+    "Refuse what other processes can't be given, and a system that can't ask them to end."
+    if sys.platform == "win32":
+        raise HardwareError(
+            "Several processes don't run on Windows.",
+            "a system where a process can't be asked to save and end, only be ended",
+            "Launch it on Linux or in WSL 2; `lorabook run` trains here, in one process.",
+        )
     try:
         pickle.dumps(parts)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

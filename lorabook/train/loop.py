@@ -32,6 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..config import TrainingSettings
 from ..data.batch import PadCollator
 from ..errors import ConfigError, TrainingError
+from ..model.adapter import trained_parameters
 from ..model.loss import trained_loss
 from ..processes import process_count
 from lorabook.train.callbacks import (
@@ -262,7 +263,7 @@ def train_loop(
     args, collate, _ = make_ready(model, tokenizer, train, eval, output_dir, cfg, seed)
     set_seed(seed)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay)
     steps = _count_steps(train, args)[1]
     warmup = args.get_warmup_steps(steps)

@@ -14,6 +14,7 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback
 
 from ..memory import MemoryLog, tensor_peak
+from ..model.adapter import trained_parameters
 from ..pictures import show_size
 from ..plan import optimizer_state
 from .microbatch import ran_out
@@ -109,7 +110,7 @@ class ProbeCallback(TrainerCallback):
 
     def _train(self, model, args, batch):
         "Forward and backward, beside gradients and optimizer state, as in a later step."
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = trained_parameters(model)
         resumed = self.trainer.optimizer is not None and self.trainer.optimizer.state
         state = None if resumed else optimizer_state(trained, str(args.optim))
         for parameter in trained if args.gradient_accumulation_steps > 1 else ():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import TrainingError
+from ..model.adapter import trained_parameters
 from ..pictures import figure_html
 
 # %% ../../nbs/63_train.rate.ipynb #ea279d40
@@ -25,12 +26,11 @@ class LearningRates:
         self,
         rates: list[float],  # of the steps
         losses: list[float],  # nats per trained token, before each step
-        smoothing: float = 0.8,  # share of the mean that stays, per step
     ):
         self.rates, self.losses, mean, self.smooth = rates, losses, 0.0, []
         for i, loss in enumerate(losses, 1):
-            mean = smoothing * mean + (1 - smoothing) * loss
-            self.smooth.append(mean / (1 - smoothing**i))
+            mean = 0.8 * mean + 0.2 * loss  # four fifths of the mean stay, per step
+            self.smooth.append(mean / (1 - 0.8**i))
 
     @property
     def fell(self) -> bool:  # by a twentieth at least
@@ -78,7 +78,7 @@ class LearningRates:
 @contextmanager
 def _undone(model):
     "The trained parameters; they, their gradients and the random numbers are put back afterwards."
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     before, was_training = [p.detach().clone() for p in trained], model.training
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

@@ -24,7 +24,7 @@ from ..errors import ConfigError, TrainingError, TrainingStopped
 from ..hardware import packed_attention
 from ..infer.heldout import longest_input
 from ..memory import keep_freed_memory
-from ..model.adapter import recompute_layers
+from ..model.adapter import recompute_layers, trained_parameters
 from ..model.attention import use_varlen
 from ..model.layer import fuse_layers
 from ..processes import from_first, process_count
@@ -210,7 +210,7 @@ def _collator(model, tokenizer, packed, multiple):
 
 def _check_trained(model):
     "Refuse a model that has nothing to train, or that can't be trained as it is."
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     if not trained or not getattr(model, "peft_config", None):
         raise TrainingError(
             "The model has no adapter that could be trained.",

@@ -27,7 +27,7 @@ from .views import View
 
 # %% ../../nbs/92_widgets.guide.ipynb #75917cb1
 class Step(View):
-    "A stage of the walk."
+    "A step of the walk, with its panels and its code."
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ def _free(folder):
 
 
 class Guide:
-    "The walk through a run. A notebook shows all of it."
+    "A walk through a run in eight steps. A notebook shows all of them."
 
     session: Session | None = None  # for the config as it is
 
@@ -229,7 +229,7 @@ class Guide:
         self,
         name: str,  # of a step
     ) -> str:  # lines of Python, and one for a terminal at the end
-        "What does the same as a step."
+        "The code that does the same as a step."
         cfg = self.session.cfg if self.session else self.cfg
         config, again = _config_code(cfg), _config_code(cfg.override("output_dir=again"))
         done = self.session and self.session.result

@@ -48,7 +48,7 @@ def check_kernel(
 
 # %% ../../nbs/89_widgets.kernel.ipynb #41937339
 class serving_clicks:
-    "A context; `await` it again and again inside, and widgets are answered though a cell runs."
+    "A context; `await` it inside, again and again, and clicks are answered while a cell runs."
 
     kernel: Any  # ipykernel 6; newer ones need no help
 

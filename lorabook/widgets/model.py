@@ -31,7 +31,7 @@ _MODELS = (
 
 
 class ModelView(View):
-    "Which base model, and what it is."
+    "Which base model is in use, and what it is."
 
     name = "the base model"
 

@@ -28,7 +28,7 @@ from .kernel import check_kernel, heard, in_kernel, serving_clicks
 # %% ../../nbs/90_widgets.session.ipynb #aacc0195
 @dataclasses.dataclass(frozen=True)
 class Event:
-    "Something that happened."
+    "Something that happened in a session."
 
     seconds: float  # since the session began
     name: str  # "state", "phase", "step", "log" or "fault"
@@ -61,7 +61,7 @@ OVER = ("finished", "stopped", "failed")  # states that don't end
 
 
 class Session:
-    "A run with reins."
+    "A run that can be started, paused, stopped and waited for."
 
     run: Any = None  # the `Run`, once it is open
     result: RunResult | None = None
@@ -99,7 +99,7 @@ class Session:
         return self
 
     def start(self) -> "Session":  # at once; raises `TrainingError` if a training runs already
-        "Let it train."
+        "Begin the training, and return at once."
         if self._go.is_set():
             raise TrainingError(
                 "This session has been started before.",
@@ -154,7 +154,7 @@ class Session:
         return self._awaited().__await__()
 
     async def _awaited(self):
-        "The same where an event loop runs, which goes on serving widgets meanwhile."
+        "`wait`, in a notebook: clicks are answered meanwhile."
         if self.state in WAITING and not self._go.is_set():
             self.start()
         with serving_clicks() as serve:
@@ -173,7 +173,7 @@ class Session:
         self,
         function,  # called with each `Event`, in the session's thread
     ):
-        "Hear of everything that happens."
+        "Call a function with every `Event`."
         self._listeners.append(function)
 
     @property
@@ -188,12 +188,12 @@ class Session:
 
     @property
     def begins(self) -> bool:
-        "Whether what comes before the first step is being done."
+        "Whether the first step has not begun yet."
         return self.state == "training" and not self.steps
 
     @property
     def seconds_left(self) -> float | None:  # of the training; None: it can't be known
-        "By the steps so far, without pauses and what came before the first step."
+        "The time left, by the steps so far and without pauses."
         done = self.step - self._first
         if self.state not in ("training", "paused", "stopping") or done < 1:
             return None

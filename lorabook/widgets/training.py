@@ -21,9 +21,9 @@ _INKS = (("#3b82f6", ""), ("#d97706", "5 3"))  # colour and dashes, readable on 
 _LEFT, _WIDTH, _HEIGHT = 44, 300, 96  # of the field of a chart
 
 
-def _thin(points, most=200):
-    "At most so many points, the last one among them."
-    step = -(-len(points) // most) or 1
+def _thin(points):
+    "At most 200 points, the last one among them."
+    step = -(-len(points) // 200) or 1
     return points[::-1][::step][::-1]
 
 
