@@ -99,8 +99,9 @@ def on_github(file, name=""):
     "The address of a file in the repository; with a name, that of the line which defines it."
     path = file.relative_to(ROOT).as_posix()
     if name:
-        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        path += f"#L{next(n.lineno for n in nodes if getattr(n, 'name', None) == name)}"
+        nodes = ast.parse(file.read_text(encoding="utf-8")).body
+        lines = {getattr(node, "name", None): node.lineno for node in nodes}
+        path += f"#L{lines[name]}"  # a `KeyError` names what is gone
     return f"{CONFIG.git_url}/{'tree' if file.is_dir() else 'blob'}/{CONFIG.branch}/{path}"
 
 
