@@ -27,8 +27,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say: noth
 
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\A# (.+)\n+> (.+(?:\n> .+)*)")
-# a heading, a link or a name in backticks; names in the first two are left alone
-MENTION = re.compile(r"^#.*|\[[^\]]*\]\(([^)\s]*)\)|`([A-Za-z_][\w.]*)(?:\(\))?`", re.M)
+# a heading, the first cell of a row, a link, or a name in backticks, which alone is linked
+MENTION = re.compile(r"^#.*|^\| `[^`]+`|\[[^\]]*\]\(([^)\s]*)\)|`([A-Za-z_][\w.]*)(?:\(\))?`", re.M)
 
 
 def label(source):
