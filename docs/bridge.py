@@ -27,8 +27,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say: noth
 
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\A# (.+)\n+> (.+(?:\n> .+)*)")
-# a heading, a link or a name in backticks; names in the first two are left alone
-MENTION = re.compile(r"^#.*|\[[^\]]*\]\(([^)\s]*)\)|`([A-Za-z_][\w.]*)(?:\(\))?`", re.M)
+# a heading, the first cell of a row, a link, or a name in backticks, which alone is linked
+MENTION = re.compile(r"^#.*|^\| `[^`]+`|\[[^\]]*\]\(([^)\s]*)\)|`([A-Za-z_][\w.]*)(?:\(\))?`", re.M)
 
 
 def label(source):
@@ -99,8 +99,9 @@ def on_github(file, name=""):
     "The address of a file in the repository; with a name, that of the line which defines it."
     path = file.relative_to(ROOT).as_posix()
     if name:
-        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        path += f"#L{next(n.lineno for n in nodes if getattr(n, 'name', None) == name)}"
+        nodes = ast.parse(file.read_text(encoding="utf-8")).body
+        lines = {getattr(node, "name", None): node.lineno for node in nodes}
+        path += f"#L{lines[name]}"  # a `KeyError` names what is gone
     return f"{CONFIG.git_url}/{'tree' if file.is_dir() else 'blob'}/{CONFIG.branch}/{path}"
 
 

@@ -38,7 +38,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only with --slow")
 
 
-LONGEST = "test_processes", "test_survive", "test_end_to_end", "test_sweep", "test_notebooks"
+LONGEST = (
+    "test_docs",
+    "test_processes",
+    "test_survive",
+    "test_end_to_end",
+    "test_sweep",
+    "test_notebooks",
+)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -189,7 +189,7 @@ FAINT = """() => {
         return Math.max(a, b) / Math.min(a, b)
     }
     const written = e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim())
-    const text = 'article *:not(script, style, svg *, mjx-container *)'
+    const text = 'article *:not(script, style, svg *, mjx-container *, .headerlink)'
     const all = [...document.querySelectorAll(text)].filter(e => written(e) && e.checkVisibility())
     return ['light', 'dark'].flatMap(theme => {
         document.documentElement.dataset.theme = theme
@@ -210,6 +210,9 @@ def test_pages_in_a_browser(server, watched, pages):
             problems.append(f"{path} is too wide: {page.evaluate(WIDE)}")
         problems += [f"{path} has faint text: {text}" for text in page.evaluate(FAINT)]
     assert not problems, "\n".join(problems)
+    bad = "color: #888; background: #888; width: 500px"
+    page.evaluate("bad => document.querySelector('article p').style.cssText = bad", bad)
+    assert page.evaluate(FAINT) and page.evaluate(OVERFLOW)
 
 
 @pytest.mark.parametrize("from_file", [False, True], ids=["served", "file"])
