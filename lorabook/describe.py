@@ -64,7 +64,7 @@ def _in_words(schema):
     if schema["type"] == "array":
         return f"[{_in_words(schema['items'])}, ...]"
     limits = {key: bound for key, bound in schema.items() if bound != 2**31}  # 32 bits: no news
-    bounds = [f"{word} {limits[key]}" for key, word in _BOUNDS.items() if key in limits]
+    bounds = [f"{word} {limits[key]:.12g}" for key, word in _BOUNDS.items() if key in limits]
     return " ".join([_KINDS[schema["type"]], " and ".join(bounds)]).strip()
 
 

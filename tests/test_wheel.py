@@ -31,19 +31,18 @@ def wheel(tmp_path_factory):
 def empty(wheel, tmp_path_factory):
     "Run a command of an environment that has the wheel; of ours it sees the libraries alone."
     folder = tmp_path_factory.mktemp("empty")
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
-    names = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
-    bin, site = (sysconfig.get_path(n, "venv", names) for n in ("scripts", "purelib"))
-    pip = [sys.executable, "-m", "pip", "--python", folder / "venv", "install", "--quiet"]
-    run(*pip, "--no-deps", "--no-index", wheel)
-    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    with open(os.path.join(site, "libraries.pth"), "w", encoding="utf-8") as file:
-        file.write("\n".join(libraries))  # whose own .pth files, of the clone, are not read
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
+    programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", wheel, env=env)
+    site = run(programs / "python", "-c", "import sysconfig as s; print(s.get_path('purelib'))")
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    with open(os.path.join(site.strip(), "libraries.pth"), "w", encoding="utf-8") as file:
+        file.write("\n".join(libraries))  # whose own .pth files, of the clone, are not read
     (folder / "work").mkdir()
-    return lambda name, *words: run(
-        os.path.join(bin, name), *words, cwd=folder / "work", env=env | {"PYTHONUTF8": "1"}
-    )
+    settings = dict(cwd=folder / "work", env=env | {"PYTHONUTF8": "1"})
+    return lambda name, *words: run(programs / name, *words, **settings)
 
 
 def test_content(wheel):
