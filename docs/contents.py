@@ -57,10 +57,18 @@ def toctree(entries, caption=""):
     return f"```{{toctree}}\n:hidden:\n{options}\n" + "\n".join(entries) + "\n```\n"
 
 
+def name(path, notebook):
+    "The title of a notebook; a chapter's with its number, by which the text speaks of it."
+    title, number = title_and_lead(notebook)[0], path.split("_")[0]
+    return f"{int(number)}. {title}" if number.isdigit() else title
+
+
 def listing(notebooks, above=""):
     "Links to notebooks, with their summaries."
-    pairs = ((path, *title_and_lead(nb)) for path, nb in notebooks.items())
-    return "\n".join(f"[{title}]({above}{path})\n: {lead}\n" for path, title, lead in pairs)
+    return "\n".join(
+        f"[{name(path, nb)}]({above}{path})\n: {title_and_lead(nb)[1]}\n"
+        for path, nb in notebooks.items()
+    )
 
 
 def book(notebooks):
@@ -71,8 +79,10 @@ def book(notebooks):
         about = " ".join(about.split())
         own = {path: nb for path, nb in chapters.items() if part_of(path) == page}
         text = f"# {title}\n\n{{.lead}}\n{about}\n\n{listing(own, '../')}\n"
-        pages[f"book/{page}.md"] = text + toctree(f"../{path[:-6]}" for path in own)
-        links = (f"[{title_and_lead(nb)[0]}](../{path})" for path, nb in own.items())
+        pages[f"book/{page}.md"] = text + toctree(
+            f"{name(path, nb)} <../{path[:-6]}>" for path, nb in own.items()
+        )
+        links = (f"[{name(path, nb)}](../{path})" for path, nb in own.items())
         whole += f"\n## [{title}]({page}.md)\n\n{about}\n\n" + " · ".join(links) + "\n"
     return {"book/index.md": whole, **pages}
 

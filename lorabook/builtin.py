@@ -137,9 +137,7 @@ def sample_facts(
 def write_message(
     rng: random.Random,  # source of randomness
     facts: dict,  # from `sample_facts`
-) -> (
-    str
-):  # a message that states every fact but the degree once, in any order, with some chatter between
+) -> str:  # every fact but the degree once, in any order, with some chatter between
     "Say `facts` as a person would."
     said = [
         rng.choice(MISSING[key] if value is None else SENTENCES[key]).format(value)

@@ -284,7 +284,7 @@ class MemoryLog(MemoryTimeline):
     def _note(self):
         return f"Nothing was allocated on: {'; '.join(self._idle())}" if self._idle() else ""
 
-    def __str__(self):
+    def __repr__(self):
         head, rows = self.table()
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         pad = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

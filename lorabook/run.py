@@ -87,9 +87,9 @@ class Run:
         with self.phase("train", "training"):
             from_first(lambda: _begin_output(cfg, self.checkpoint))
             rows = self.data["train"], self.data["validation"]
-            settings = cfg.training, cfg.seed, [MemoryCallback(memory), *self.callbacks]
+            callbacks = [MemoryCallback(memory), *self.callbacks]
             self.trainer = create_trainer(
-                self.model, self.tokenizer, *rows, cfg.output_dir, *settings
+                self.model, self.tokenizer, *rows, cfg.output_dir, cfg.training, cfg.seed, callbacks
             )
             self.trainer.add_callback(ProbeCallback(self.trainer, memory))
             tell_trackers(self.trainer, cfg)

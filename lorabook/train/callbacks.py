@@ -77,6 +77,9 @@ class HistoryCallback(TrainerCallback):
         axes.grid(alpha=0.25)
         return figure
 
+    def __repr__(self):
+        return f"{type(self).__name__}({len(self.rows)} rows)"
+
     def _repr_html_(self):
         names = ["step", *(name for name in _FIGURES if self.column(name)[0])]
         cells = lambda row: "".join(
@@ -212,6 +215,9 @@ class SamplesCallback(TrainerCallback):
         for prompt, answer in zip(self.prompts, answers):
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             self.rows.append((step, shown, str(answer)))
+
+    def __repr__(self):
+        return f"{type(self).__name__}({len(self.rows)} answers)"
 
     def _repr_html_(self):
         order = sorted(self.rows, key=lambda row: [r[1] for r in self.rows].index(row[1]))

@@ -297,9 +297,7 @@ def create_trainer(
     cfg: TrainingSettings | None = None,  # None: the defaults
     seed: int = 42,  # of the data order and dropout
     callbacks: list | None = None,  # `TrainerCallback`s of your own
-) -> (
-    Trainer
-):  # `trainer.train(resume_from_checkpoint=...)` starts it; raises `ConfigError`, `TrainingError`
+) -> Trainer:  # its `train()` begins; raises `ConfigError`, `TrainingError`
     "A `Trainer` that trains the adapter and keeps the best."
     cfg, eval = cfg or TrainingSettings(), eval if eval is not None and len(eval) else None
     arguments, collate, fused = make_ready(model, tokenizer, train, eval, output_dir, cfg, seed)
