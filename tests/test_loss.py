@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 from accelerate.utils.operations import convert_outputs_to_fp32
 from conftest import stir
 from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING
 
 from lorabook.data.batch import PadCollator
 from lorabook.data.pack import PackCollator
@@ -37,6 +38,7 @@ CASES = [
     ("mixtral", dict(num_local_experts=4)),
     ("mamba", {}),
 ]
+CASES = [case for case in CASES if case[0] in CONFIG_MAPPING]  # an older transformers lacks some
 NAMES = [" ".join([family, *map(str, config.values())]) for family, config in CASES]
 
 
@@ -135,8 +137,10 @@ def test_tails():
     assert tail.cap == 3 and tail.scale == pytest.approx(1, rel=1e-5)
     assert measure_tail(lively("cohere", logit_scale=0.25)) == Tail(0.25)
     assert measure_tail(lively("granite", logits_scaling=8.0)) == Tail(0.125)
-    assert measure_tail(lively("hyperclovax", logits_scaling=8.0)) == Tail(8)
-    assert measure_tail(lively("minicpm3", dim_model_base=4)) == Tail()
+    if "hyperclovax" in CONFIG_MAPPING:
+        assert measure_tail(lively("hyperclovax", logits_scaling=8.0)) == Tail(8)
+    if "minicpm3" in CONFIG_MAPPING:
+        assert measure_tail(lively("minicpm3", dim_model_base=4)) == Tail()
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 10**6])
