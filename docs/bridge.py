@@ -36,7 +36,7 @@ def label(source):
     nodes = ast.parse(source).body
     targets = [t for n in nodes for t in getattr(n, "targets", [getattr(n, "target", n)])]
     names = (getattr(t, "name", getattr(t, "id", None)) for t in targets)
-    return "Source: " + (", ".join(filter(None, names)) or "imports")
+    return "Source: " + (", ".join(dict.fromkeys(filter(None, names))) or "imports")
 
 
 def title_and_lead(nb):
@@ -121,9 +121,7 @@ def link(text, path, documented):
         file = (path.parent / plain.split("#")[0]).resolve() if target else NBS
         if file.exists() and not file.is_relative_to(NBS):
             return match[0].replace(f"({target})", f"({on_github(file, test)})")
-        if (
-            target and "://" not in target
-        ):  # Jupyter keeps capitals in anchors; index is no notebook
+        if target and "://" not in target:  # Jupyter keeps capitals; the index is no notebook
             where, mark, anchor = target.replace("index.ipynb", "index.md").partition("#")
             return match[0].replace(f"({target})", f"({where}{mark}{anchor.lower()})")
         return match[0]

@@ -7,7 +7,7 @@ from bridge import title_and_lead
 RECIPES = ("guides/03*", "recipes/*", "guides/04*", "guides/07*")
 REFERENCE = (
     "reference/index",
-    "What goes wrong <what_goes_wrong>",
+    "Symptoms and causes <what_goes_wrong>",
     "benchmarks",
     "glossary",
     "changelog",
@@ -34,9 +34,19 @@ PARTS = {  # page: the number of its first chapter, its title, what it is about
 BOOK = """# The book
 
 {.lead}
-Every module of lorabook is a chapter that explains it, shows it and tests it. In this order they
-follow a fine-tune from its config to an adapter that others can ask. Each needs only what stands
-before it.
+Every module of lorabook is a chapter that explains it, shows it and tests it. A chapter uses only
+what stands before it, so the order is that of a building, from the ground up.
+
+To follow one fine-tune instead, read these nine first:
+[reading the data](../30_data.source.ipynb), [conversations as tokens](../32_data.chat.ipynb),
+[rows and batches](../33_data.batch.ipynb), [the memory plan](../40_plan.ipynb),
+[the base model](../20_model.load.ipynb), [the adapter](../21_model.adapter.ipynb),
+[the trainer](../61_train.trainer.ipynb), [the comparison](../52_infer.compare.ipynb), and
+[the whole run](../80_run.ipynb), which puts them in a row.
+
+The site leaves out the cells that only set up an example or check it again. A name that comes out
+of nowhere is defined there: open the chapter in Jupyter or Colab to see all cells. `test_eq` and
+`test_close` are assertions of [fastcore](https://fastcore.fast.ai/test.html).
 """
 
 

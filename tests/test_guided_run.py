@@ -23,12 +23,13 @@ def picture():
     "Keeps a picture of a notebook, if somebody wants to look at it."
     folder = os.environ.get("LORABOOK_PICTURES")
 
-    def take(notebook, name, place=None):
+    def take(notebook, name, place=None, whole=True):
         if folder:
+            shown = notebook.page.locator(place).first if place else notebook.page
             if place:
-                notebook.page.locator(place).first.scroll_into_view_if_needed()
+                shown.scroll_into_view_if_needed()
             notebook.page.wait_for_timeout(300)
-            notebook.page.screenshot(path=Path(folder, f"{name}.png"))
+            (notebook.page if whole else shown).screenshot(path=Path(folder, f"{name}.png"))
 
     return take
 
@@ -155,7 +156,7 @@ def test_with_clicks_only(open_notebook, small_data, picture):
     picture(again, "9_reopened", ".lb-copy img[alt^='Loss']")
 
 
-def test_run_all(open_notebook, small_data):
+def test_run_all(open_notebook, small_data, picture):
     notebook = open_notebook(cells(f"data.train_file={small_data}", "output_dir=all", *SMALL))
     assert not notebook.page.locator(".lb-live").count()
     notebook.start()
@@ -165,6 +166,7 @@ def test_run_all(open_notebook, small_data):
     assert figures["steps"] == 30 and figures["after"]["loss"] < figures["before"]["loss"]
     assert outputs[-2].data["text/plain"] == "True"
     wait_for_state(notebook, "finished")
+    picture(notebook, "6_finished", ".lb-live:has(h3:has-text('6. '))", whole=False)
     saved = notebook.save()
     nbformat.validate(saved)
     for cell in saved.cells:

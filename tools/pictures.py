@@ -24,7 +24,7 @@ PAGES = {  # as above, and the size of the window
     "tokens": ("guides/01_quickstart", "show_tokens(", "900,215"),
     "comparison": ("guides/01_quickstart", "result\n", "1000,1000"),
 }
-GUIDED = ROOT / "tests" / "test_guided_run.py", "test_with_clicks_only", "6_training.png"
+GUIDED = ROOT / "tests" / "test_guided_run.py", "test_run_all", "6_finished.png"
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 20px; background: #fff; color: #1f2328 }
 table { border-collapse: collapse; margin: .5em 0 }
@@ -54,7 +54,7 @@ def take(html, size, folder, picture):
 
 
 def play(folder, picture):
-    """A picture of the guided run while it trains."""
+    """A picture of the guided run after its training."""
     file, test, step = GUIDED
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"{file}::{test}"]
     keep = os.environ | {"LORABOOK_PICTURES": str(folder), "LORABOOK_NEED_BROWSER": "1"}
