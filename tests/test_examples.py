@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from configparser import ConfigParser
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -150,7 +151,7 @@ CHECKS = dict(make=check_make, python=check_python, pip=check_pip, torchrun=chec
 def commands(code):
     "The words of each command: without comments, variables in front, and files behind a `>`."
     for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.replace("; ", " ; "), comments=True)
         while words:
             at = min(
                 [words.index(mark) for mark in ("&&", "|", ";") if mark in words] or [len(words)]
@@ -176,7 +177,9 @@ def check_command(words, pytestconfig, whole=True):
     elif program in CHECKS:
         CHECKS[program](rest)
     else:
-        assert program in ELSEWHERE or shutil.which(program), f"{program} is not known here"
+        beside = Path(sys.executable).parent  # of a venv that is not activated
+        known = shutil.which(program) or shutil.which(program, path=beside)
+        assert program in ELSEWHERE or known, f"{program} is not known here"
 
 
 PROGRAMS = {"lorabook", "pytest", "ruff", "nbdev_test", "nbdev_export", "jupyter", *CHECKS}

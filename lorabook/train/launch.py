@@ -71,8 +71,15 @@ def _end_with(launcher, done):
     os._exit(1)
 
 
+def _interrupt_once(number, frame):
+    "The launcher passes on what a terminal tells all: the second would cut short what is said."
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _work(function, args, options):
     "Run in every process; the first one's result counts."
+    signal.signal(signal.SIGINT, _interrupt_once)
     done = threading.Event()
     threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
     try:
