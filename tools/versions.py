@@ -27,9 +27,10 @@ def bounds():
 def oldest():
     "The lines of a constraints file."
     pins = [f"{name}=={version}" for name, version in bounds().items()]
+    pins += BESIDE
     names = {name_of(pin) for pin in pins}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return pins + BESIDE + [line for line in lines if line[:1].isalpha() and name_of(line) not in names]
+    return pins + [line for line in lines if line[:1].isalpha() and name_of(line) not in names]
 
 
 if __name__ == "__main__":
