@@ -225,6 +225,7 @@ _OURS = {
     "seed": "Use `seed`, outside the sections.",
     "hub_token": "Log in with `hf auth login`: a token in a file is read by others.",
     "per_device_train_batch_size": "Use `training.batch_size`.",
+    "warmup_ratio": "Use `training.warmup_steps`: below 1 it is a share of all steps.",
     **dict.fromkeys(
         ("label_names", "remove_unused_columns", "prediction_loss_only"),
         "Leave it out; lorabook sets it, and correct training depends on it.",

@@ -38,11 +38,11 @@ CASES = {  # kind -> YAML, then what the message holds: the key, what was found,
         "'steps'",
         "Did you mean `eval_strategy`?",
     ),
-    "key of a training argument that was removed": (
+    "key that some transformers know, and some do not": (
         "training: {warmup_ratio: 0.1}",
         "`training.warmup_ratio`",
         "0.1",
-        "Did you mean `warmup_steps`?",
+        "Use `training.warmup_steps`",
     ),
     "key that stands elsewhere": (
         "training: {output_dir: x}",
