@@ -18,7 +18,11 @@ from .views import View, fault_html
 
 # %% ../../nbs/91_widgets.training.ipynb #523fda53
 _INKS = (("#3b82f6", ""), ("#d97706", "5 3"))  # colour and dashes, readable on light and dark
-_LEFT, _WIDTH, _HEIGHT = 44, 300, 96  # of the field of a chart
+_LEFT, _WIDTH, _HEIGHT = 58, 264, 96  # of the field of a chart
+
+
+def _figure(value):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _thin(points):
@@ -53,10 +57,11 @@ def chart_svg(
             f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/><circle cx="{x(end):.1f}" cy="{y(last):.1f}" r="3" '
             f'fill="{ink}"/><text x="{x(end) + 6:.1f}" y="{height:.1f}">'
-            f"{escape(name)} {last:.3g}</text>"
+            f"{escape(name)} {_figure(last)}</text>"
         )
         lowest = min(value for _, value in points)
-        told.append(f"{name} {first:.3g} to {last:.3g}, lowest {lowest:.3g}".strip())
+        first, last, lowest = map(_figure, (first, last, lowest))
+        told.append(f"{name} {first} to {last}, lowest {lowest}".strip())
     return _frame(title, "; ".join(told), drawn, low, high, steps)
 
 
@@ -68,11 +73,11 @@ def _frame(title, told, drawn, low, high, steps):
     )
     frame = f"M{_LEFT},22V{bottom}H{right}"
     axes = f'<path d="{frame}" fill="none" stroke="currentColor" opacity=".4"/>'
-    words = text(_LEFT - 4, 28, f"{high:.3g}") + text(_LEFT - 4, bottom, f"{low:.3g}")
+    words = text(_LEFT - 4, 28, _figure(high)) + text(_LEFT - 4, bottom, _figure(low))
     words += text(right, bottom + 13, f"step {steps}") + text(_LEFT, 12, title, "start")
     return (
         f'<svg class="lb-chart" role="img" aria-label="{escape(f"{title}: {told}")}" '
-        f'width="440" height="136" viewBox="0 0 440 136" '
+        f'width="450" height="136" viewBox="0 0 450 136" '
         f'style="max-width:100%;font:11px sans-serif;fill:currentColor">'
         f"{axes}{words}{''.join(drawn)}</svg>"
     )
@@ -208,4 +213,9 @@ class TrainingView(View):
 
 
 def _samples(rows):
-    return table_html(("step", "prompt", "answer"), rows)
+    "The answers to each prompt, which is shown once."
+    shown, told = [], None
+    for step, prompt, answer in sorted(rows, key=lambda row: row[1]):
+        shown.append((step, "" if prompt == told else prompt, answer))
+        told = prompt
+    return table_html(("step", "prompt", "answer"), shown)
