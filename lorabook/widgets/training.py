@@ -178,7 +178,7 @@ class TrainingView(View):
         fault = fault_html(session.error) if session.error else ""
         return (
             f'<div role="status" class="lb-state" data-state="{session.state}"><b>{text}</b></div>'
-            f'<div>{bar} style="width:20em"></progress> {"; ".join(figures)}</div>{fault}'
+            f'{bar} style="width:20em"></progress><div>{"; ".join(figures)}</div>{fault}'
         )
 
     def _charts(self):
