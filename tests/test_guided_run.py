@@ -166,6 +166,7 @@ def test_run_all(open_notebook, small_data, picture):
     assert figures["steps"] == 30 and figures["after"]["loss"] < figures["before"]["loss"]
     assert outputs[-2].data["text/plain"] == "True"
     wait_for_state(notebook, "finished")
+    assert not notebook.page.locator(".lb-copy").locator("visible=true").count()
     picture(notebook, "6_finished", ".lb-live:has(h3:has-text('6. '))", whole=False)
     saved = notebook.save()
     nbformat.validate(saved)
