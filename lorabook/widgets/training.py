@@ -194,7 +194,7 @@ class TrainingView(View):
         session, parts = self.session, []
         if session.samples:
             latest = [row for row in session.samples if row[0] == session.samples[-1][0]]
-            parts.append(f"<p>Answers while it trains</p>{_samples(latest)}")
+            parts.append(f"<p><b>Answers while it trains</b></p>{_samples(latest)}")
         faults = [event.text for event in session.events if event.name == "fault"]
         parts += [fault_html(f"A panel failed; the training goes on. {text}") for text in faults]
         lines = "".join(f"<div>{text_html(line, 300)}</div>" for line in session.log[-200:])
@@ -208,14 +208,14 @@ class TrainingView(View):
         "The state, the losses as a picture with the table of all rows, the samples, the log."
         history, samples = self.session.history, self.session.samples
         curve = history._repr_html_() if history and history.rows else ""
-        shown = f"<p>Answers while it trained</p>{_samples(samples)}" if samples else ""
+        shown = f"<p><b>Answers while it trained</b></p>{_samples(samples)}" if samples else ""
         return f"{self._head()}{curve}{shown}{self._more() if self.session.error else ''}"
 
 
 def _samples(rows):
-    "The answers to each prompt, which is shown once."
-    shown, told = [], None
-    for step, prompt, answer in sorted(rows, key=lambda row: row[1]):
-        shown.append((step, "" if prompt == told else prompt, answer))
-        told = prompt
-    return table_html(("step", "prompt", "answer"), shown)
+    "Each prompt, and a table of its answers."
+    told: dict = {}
+    for step, prompt, answer in rows:
+        told.setdefault(prompt, []).append((step, answer))
+    table = lambda answers: table_html(("step", "answer"), answers)
+    return "".join(f"<p>{text_html(p, 2000)}</p>{table(answers)}" for p, answers in told.items())
