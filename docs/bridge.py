@@ -24,6 +24,7 @@ TAGS = {  # `exports` is missing: its source stays open
     "output: false": "remove-output",
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say: nothing without a kernel
+COLUMNS = re.compile(r"(?:^.*\S {2,}\S.*\n){2}", re.M)  # two lines with gaps: printed as a table
 
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\A# (.+)\n+> (.+(?:\n> .+)*)")
@@ -43,6 +44,12 @@ def title_and_lead(nb):
     "What a notebook is called, and its summary in one line."
     title, lead = LEAD.match(next(c.source for c in nb.cells if c.cell_type == "markdown")).groups()
     return title, lead.replace("\n> ", " ")
+
+
+def in_columns(output):
+    "Whether a printed output is a table, whose lines should not be broken on a phone."
+    text = "".join(output.get("text", "")) + "\n"
+    return bool(COLUMNS.search(text)) and max(map(len, text.splitlines())) < 110
 
 
 def process(path):
@@ -72,6 +79,7 @@ def process(path):
                 at = len(cells)
                 cell.metadata["mystnb"] = {"code_prompt_show": label(cell.source)}
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            cell.metadata["tags"] += ["columns"] * any(map(in_columns, cell.outputs))
             cells.append(cell)
     nb.cells = cells
     nb.metadata.pop("widgets", None)

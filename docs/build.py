@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from bridge import CONFIG, NBS, ROOT, link, process, show_lead
-from contents import RECIPES, book, listing, matching, sidebar
+from contents import GUIDES, RECIPES, book, listing, matching, sidebar
 from execnb.nbio import write_nb
 from nbdev.doclinks import nbglob
 from reference import reference
@@ -33,7 +33,7 @@ def landing(notebooks):
     opening, rest = "\n\n".join(parts).split("\n## ", 1)
     opening, mark, after = opening.partition("![")
     front = read("docs/pages/front.md").replace("<!-- picture -->", mark + after.split("\n")[0])
-    for door, patterns in {"guides": ["guides/*"], "recipes": RECIPES}.items():
+    for door, patterns in {"guides": GUIDES, "recipes": RECIPES}.items():
         front = front.replace(f"<!-- {door} -->", listing(matching(notebooks, *patterns)))
     return f"{opening}\n{front}\n## {rest}\n\n{sidebar(notebooks)}"
 

@@ -4,10 +4,12 @@ from fnmatch import fnmatch
 
 from bridge import title_and_lead
 
-RECIPES = ("guides/03*", "recipes/*", "guides/04*", "guides/07*")
+# each page stands once: some guides are the recipes for one aim
+GUIDES = "guides/0[12]*", "guides/08*", "guides/06*", "guides/05*", "guides/09*"
+RECIPES = "guides/03*", "guides/04*", "recipes/01*", "guides/07*", "recipes/0[23]*"
 REFERENCE = (
     "reference/index",
-    "Symptoms and causes <what_goes_wrong>",
+    "what_goes_wrong",
     "benchmarks",
     "glossary",
     "changelog",
@@ -99,7 +101,7 @@ def book(notebooks):
 
 def sidebar(notebooks):
     "The four ways through the site."
-    guides, recipes = (matching(notebooks, *p) for p in (("guides/*",), RECIPES))
+    guides, recipes = (matching(notebooks, *patterns) for patterns in (GUIDES, RECIPES))
     parts = ["All chapters <book/index>", *(f"book/{page}" for page in PARTS)]
     return "\n".join(
         toctree(entries, caption)

@@ -227,3 +227,6 @@ def test_search(from_file, server, watched, built):
     assert "34_data.pack.html" in " ".join(a.get_attribute("href") for a in results.all())
     results.first.click()
     assert "packing" in page.locator("main").inner_text().lower()
+    page.goto(start + "search.html?q=CUDA+out+of+memory")
+    results.first.wait_for()
+    assert "what_goes_wrong.html" in results.first.get_attribute("href")

@@ -41,9 +41,9 @@ def small_data(lab, hundred):
 
 
 def cells(*changes, first="", until=None):
-    "The code cells of the guide, with settings of a small run after the first."
+    "The code cells of the guide but the install, with settings of a small run after the first."
     read = nbformat.read(NOTEBOOK, as_version=4).cells
-    sources = [cell.source for cell in read if cell.cell_type == "code"]
+    sources = [c.source for c in read if c.cell_type == "code" and "%pip" not in c.source]
     sources = sources[: sources.index(until)] if until else sources
     return [f"{sources[0]}\nguide.set(*{list(changes)})" if changes else sources[0], *sources[1:]]
 
@@ -166,6 +166,7 @@ def test_run_all(open_notebook, small_data, picture):
     assert figures["steps"] == 30 and figures["after"]["loss"] < figures["before"]["loss"]
     assert outputs[-2].data["text/plain"] == "True"
     wait_for_state(notebook, "finished")
+    assert not notebook.page.locator(".lb-copy").locator("visible=true").count()
     picture(notebook, "6_finished", ".lb-live:has(h3:has-text('6. '))", whole=False)
     saved = notebook.save()
     nbformat.validate(saved)

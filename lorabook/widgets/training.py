@@ -18,7 +18,11 @@ from .views import View, fault_html
 
 # %% ../../nbs/91_widgets.training.ipynb #523fda53
 _INKS = (("#3b82f6", ""), ("#d97706", "5 3"))  # colour and dashes, readable on light and dark
-_LEFT, _WIDTH, _HEIGHT = 44, 300, 96  # of the field of a chart
+_LEFT, _WIDTH, _HEIGHT = 58, 264, 96  # of the field of a chart
+
+
+def _figure(value):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _thin(points):
@@ -53,10 +57,11 @@ def chart_svg(
             f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/><circle cx="{x(end):.1f}" cy="{y(last):.1f}" r="3" '
             f'fill="{ink}"/><text x="{x(end) + 6:.1f}" y="{height:.1f}">'
-            f"{escape(name)} {last:.3g}</text>"
+            f"{escape(name)} {_figure(last)}</text>"
         )
         lowest = min(value for _, value in points)
-        told.append(f"{name} {first:.3g} to {last:.3g}, lowest {lowest:.3g}".strip())
+        first, last, lowest = map(_figure, (first, last, lowest))
+        told.append(f"{name} {first} to {last}, lowest {lowest}".strip())
     return _frame(title, "; ".join(told), drawn, low, high, steps)
 
 
@@ -68,11 +73,11 @@ def _frame(title, told, drawn, low, high, steps):
     )
     frame = f"M{_LEFT},22V{bottom}H{right}"
     axes = f'<path d="{frame}" fill="none" stroke="currentColor" opacity=".4"/>'
-    words = text(_LEFT - 4, 28, f"{high:.3g}") + text(_LEFT - 4, bottom, f"{low:.3g}")
+    words = text(_LEFT - 4, 28, _figure(high)) + text(_LEFT - 4, bottom, _figure(low))
     words += text(right, bottom + 13, f"step {steps}") + text(_LEFT, 12, title, "start")
     return (
         f'<svg class="lb-chart" role="img" aria-label="{escape(f"{title}: {told}")}" '
-        f'width="440" height="136" viewBox="0 0 440 136" '
+        f'width="450" height="136" viewBox="0 0 450 136" '
         f'style="max-width:100%;font:11px sans-serif;fill:currentColor">'
         f"{axes}{words}{''.join(drawn)}</svg>"
     )
@@ -173,7 +178,7 @@ class TrainingView(View):
         fault = fault_html(session.error) if session.error else ""
         return (
             f'<div role="status" class="lb-state" data-state="{session.state}"><b>{text}</b></div>'
-            f'<div>{bar} style="width:20em"></progress> {"; ".join(figures)}</div>{fault}'
+            f'{bar} style="width:20em"></progress><div>{"; ".join(figures)}</div>{fault}'
         )
 
     def _charts(self):
@@ -189,7 +194,7 @@ class TrainingView(View):
         session, parts = self.session, []
         if session.samples:
             latest = [row for row in session.samples if row[0] == session.samples[-1][0]]
-            parts.append(f"<p>Answers while it trains</p>{_samples(latest)}")
+            parts.append(f"<p><b>Answers while it trains</b></p>{_samples(latest)}")
         faults = [event.text for event in session.events if event.name == "fault"]
         parts += [fault_html(f"A panel failed; the training goes on. {text}") for text in faults]
         lines = "".join(f"<div>{text_html(line, 300)}</div>" for line in session.log[-200:])
@@ -203,9 +208,14 @@ class TrainingView(View):
         "The state, the losses as a picture with the table of all rows, the samples, the log."
         history, samples = self.session.history, self.session.samples
         curve = history._repr_html_() if history and history.rows else ""
-        shown = f"<p>Answers while it trained</p>{_samples(samples)}" if samples else ""
+        shown = f"<p><b>Answers while it trained</b></p>{_samples(samples)}" if samples else ""
         return f"{self._head()}{curve}{shown}{self._more() if self.session.error else ''}"
 
 
 def _samples(rows):
-    return table_html(("step", "prompt", "answer"), rows)
+    "Each prompt, and a table of its answers."
+    told: dict = {}
+    for step, prompt, answer in rows:
+        told.setdefault(prompt, []).append((step, answer))
+    table = lambda answers: table_html(("step", "answer"), answers)
+    return "".join(f"<p>{text_html(p, 2000)}</p>{table(answers)}" for p, answers in told.items())

@@ -17,8 +17,6 @@ from ..errors import LorabookError
 # %% ../../nbs/82_widgets.views.ipynb #0c97b2f9
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _STYLE = """<style>
-.jp-OutputArea:has(.lb-live) .lb-copy {display:none}
-.output_area:has(.lb-live) ~ .output_area .lb-copy {display:none}
 .lb-live {max-width:70em}
 .lb-live .widget-html-content, .lb-live .jupyter-widgets {overflow-wrap:break-word}
 .lb-live button:focus-visible, .lb-live input:focus-visible {outline:2px solid currentColor}
@@ -41,7 +39,7 @@ class View(ABC):
     ):
         self.fault = ipywidgets.HTML()  # of the last handler
         self.panel = ipywidgets.VBox([ipywidgets.HTML(_STYLE), *widgets, self.fault])
-        self.panel.add_class("lb-live")
+        self.panel.add_class("lb-live").add_class(f"lb-{self.panel.model_id}")
         self._copy = self.outer = None  # the copy; the view that this one is a part of
 
     @abstractmethod
@@ -56,7 +54,9 @@ class View(ABC):
             self.outer.keep()
 
     def _page(self):
-        return f'{_STYLE}<div class="lb-copy">{self.html()}</div>'
+        own = self.panel.model_id
+        hide = f"<style>body:has(.lb-{own}) .lb-copy-{own} {{display:none}}</style>"
+        return f'{_STYLE}{hide}<div class="lb-copy lb-copy-{own}">{self.html()}</div>'
 
     def do(
         self,
