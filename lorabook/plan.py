@@ -261,8 +261,8 @@ class MemoryPlan:
             + (", packed" if self.work.packed else "")
             + (f", {recomputed:.0%} of the layers recomputed" if recomputed else "")
             + (f", layers shared by {self.work.holders}" if self.work.holders > 1 else ""),
-            f"needs {show_size(self.needed_bytes)} of the {show_size(memory)} of "
-            f"{self.device.name} ({share:.0%}), most of all in the {self.phase}",
+            f"needs {show_size(self.needed_bytes)} (tensors {show_size(self.peak_bytes)}), {share:.0%}"
+            f" of the {show_size(memory)} of {self.device.name}; most in the {self.phase}",
         ]
         widest = max(self.components.values())
         for name, size in self.components.items():

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from ..config import ModelSettings, builtin_path
+from ..config import ModelSettings, place_of
 from ..data.chat import encode_chats
 from ..errors import ModelError
 from .folder import read_adapter
@@ -133,9 +133,9 @@ def _write_rest(plan, dtype, folder):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(folder)
     plan.tokenizer.save_pretrained(folder)
-    path = builtin_path("model") if plan.base == "builtin" else plan.base
+    path, revision = place_of(plan.base), plan.revision
     try:
-        GenerationConfig.from_pretrained(path, revision=plan.revision).save_pretrained(folder)
+        GenerationConfig.from_pretrained(path, revision=revision).save_pretrained(folder)
     except OSError:
         pass  # the base has none
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import is_offline_mode
 
-from ..config import ModelSettings, builtin_path, nearest
+from ..config import ModelSettings, nearest, place_of
 from ..errors import ConfigError, ModelError
 from ..hardware import Hardware, choose_quantization, compute_dtype, detect_hardware
 from ..processes import process_count
@@ -131,10 +131,9 @@ def setup_tokenizer(
     from transformers import AutoTokenizer
 
     cfg = cfg or ModelSettings()
-    path = builtin_path("model") if name == "builtin" else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+            place_of(name), revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
         )
     except Exception as error:
         raise load_failed(name, error) from error
@@ -245,11 +244,11 @@ def load_config(
     "The config of a model, a few kB; the weights are not looked at."
     from transformers import AutoConfig
 
-    cfg, path = cfg or ModelSettings(), builtin_path("model") if name == "builtin" else name
+    cfg = cfg or ModelSettings()
     _check_attention(cfg.attn_implementation)
     try:
         return AutoConfig.from_pretrained(
-            path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+            place_of(name), revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
         )
     except Exception as error:
         raise load_failed(name, error) from error
@@ -269,7 +268,7 @@ def setup_model(
     set_seed(seed)
     cfg, hardware = cfg or ModelSettings(), hardware or detect_hardware()
     kind, dtype = choose_quantization(cfg.quantization, hardware), _dtype(cfg, hardware)
-    path = builtin_path("model") if name == "builtin" else name
+    path = place_of(name)
     shared = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
     config, tokenizer = load_config(name, cfg), setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
