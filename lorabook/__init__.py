@@ -62,7 +62,10 @@ __all__ = list(_HOME)
 
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError(f"module 'lorabook' has no attribute {name!r}")
+        from .config import nearest
+
+        hint = nearest(name, _HOME)
+        raise AttributeError(f"module 'lorabook' has no attribute {name!r}.{hint}")
     return getattr(importlib.import_module(f"lorabook.{_HOME[name]}"), name)
 
 

@@ -71,8 +71,12 @@ def _train(cfg, resume, overwrite):
 
 def _run(arguments, train=_train):
     "Train."
+    from lorabook.data.files import check_files  # which needs no torch
+
     resume = arguments.resume_from or arguments.resume
-    train(_read_config(arguments.config, resume), resume, arguments.overwrite)
+    cfg = _read_config(arguments.config, resume)
+    check_files(cfg.data)
+    train(cfg, resume, arguments.overwrite)
 
 
 def _launch(arguments):

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .config import RunConfig, as_config, library_versions
-from .data.files import check_file
+from .data.files import check_files
 from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
 from .devices import fit
@@ -199,9 +199,7 @@ def open_run(
     "Check a config, and hold the output folder as long as the run is open."
     cfg = RunConfig.from_dict(as_config(cfg).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
-    for key in ("train_file", "validation_file", "test_file"):
-        if source := getattr(cfg.data, key):
-            check_file(source, key)
+    check_files(cfg.data)
     with one_voice(), only_run(cfg.output_dir):
         for doubt in _doubts(cfg):
             print(f"note: {doubt}")

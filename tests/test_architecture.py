@@ -106,3 +106,5 @@ def test_public_api():
         assert getattr(lorabook, name).__doc__, name
     with pytest.raises(AttributeError, match="nonesuch"):
         lorabook.nonesuch  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean `setup_model`"):
+        lorabook.setup_modl  # noqa: B018

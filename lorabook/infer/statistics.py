@@ -213,6 +213,7 @@ def few_rows(
         return []
     by_luck = f"luck would do that in {luck([1.0] * rows):.0%} of such tests"
     return [
-        f"warning: {rows} test rows can't show that the adapter is better, even if it is on each of "
-        f"them ({by_luck}). Give {enough} at least, better 100, by `data.split` or `data.test_file`."
+        f"warning: {rows} test rows can't show that the adapter is better, even if it is on each "
+        f"of them ({by_luck}). Give {enough} or more, better 100, by `data.split` or "
+        "`data.test_file`."
     ]
