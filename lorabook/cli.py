@@ -303,8 +303,6 @@ def main(
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
             stream.reconfigure(errors="replace")
     do, arguments = _read(argv)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
     try:
         do(arguments)
     except TrainingStopped as error:

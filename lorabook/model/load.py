@@ -93,6 +93,25 @@ def load_failed(
         "Check that it is a complete causal language model that the installed transformers knows.",
     )
 
+# %% ../../nbs/20_model.load.ipynb #ec1c8679
+def _is_unreachable(path):
+    "Whether a model can only come from this machine, since the hub doesn't answer."
+    if is_offline_mode() or os.path.exists(path):
+        return False  # the libraries know
+    try:
+        get_session().head(ENDPOINT, timeout=HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError):
+        return True
+    return False
+
+
+def _search(path, cfg):
+    "Options of `from_pretrained`: where to look, and what may run."
+    trust = cfg.trust_remote_code
+    return dict(
+        revision=cfg.revision, trust_remote_code=trust, local_files_only=_is_unreachable(path)
+    )
+
 # %% ../../nbs/20_model.load.ipynb #9b51937b
 _SPARE = [
     "<|finetune_right_pad_id|>",
@@ -124,25 +143,6 @@ def choose_pad_token(
             return token
     never = [token for token in candidates if token in vocabulary and token != tokenizer.eos_token]
     return never[0] if never else min(vocabulary, key=vocabulary.get)
-
-
-def _is_unreachable(path):
-    "Whether a model can only come from this machine, since the hub doesn't answer."
-    if is_offline_mode() or os.path.exists(path):
-        return False  # the libraries know
-    try:
-        get_session().head(ENDPOINT, timeout=HF_HUB_ETAG_TIMEOUT)
-    except (HTTPError, OSError):
-        return True
-    return False
-
-
-def _search(path, cfg):
-    "Options of `from_pretrained`: where to look, and what may run."
-    trust = cfg.trust_remote_code
-    return dict(
-        revision=cfg.revision, trust_remote_code=trust, local_files_only=_is_unreachable(path)
-    )
 
 
 def setup_tokenizer(
