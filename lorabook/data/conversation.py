@@ -222,7 +222,8 @@ def _checked(message, place):
     "A message without null fields and with a settled `weight`, if all it holds can be used."
     message = {name: v for name, v in message.items() if name == "content" or v is not None}
     if (role := message.get("role")) not in _KNOWN_ROLES:
-        hint = nearest(_ROLES.get(str(role), role), _KNOWN_ROLES)
+        word = f"{role!s:.40}"
+        hint = nearest(_ROLES.get(word, word), _KNOWN_ROLES)
         raise DataError(
             f"{place} has an unknown role.",
             repr(role),
