@@ -6,24 +6,28 @@ CONSTRAINTS ?= constraints.txt
 PORT ?= 8000
 BIN := $(VENV)/bin
 
-.PHONY: run test test-oldest test-newest audit bench lab docs docs-serve notebooks readme clean
+.PHONY: run test lint suite test-oldest test-newest audit bench lab docs docs-serve notebooks readme clean
 
 run: $(VENV)/.run  ## fine-tune the built-in model on the built-in data
 	$(BIN)/lorabook run $(ARGS)
 
-test: $(VENV)/.dev  ## everything that CI checks; what takes longer: .venv/bin/pytest --slow tests
+test: lint suite  ## everything that CI checks; what takes longer: .venv/bin/pytest --slow tests
+
+lint: $(VENV)/.dev  ## style, type hints, security
 	@echo "== lint"; $(BIN)/ruff check . && $(BIN)/ruff format --check nbs tests docs tools benchmarks
 	@echo "== type hints"; $(BIN)/mypy
 	@echo "== security"; $(BIN)/bandit -q -c pyproject.toml -r lorabook tools
+
+suite: $(VENV)/.dev  ## all chapters and tests
 	@echo "== chapters"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^02_guided_run'  # tests/test_guided_run.py runs it in a browser
 	@echo "== tests"; $(BIN)/python tools/browser.py || true
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 tests
 
-test-oldest: build/oldest.txt  ## the same with the oldest libraries that settings.ini admits; best with PYTHON=python3.10
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=build/oldest.txt
+test-oldest: build/oldest.txt  ## the suite with the oldest libraries that settings.ini admits; best with PYTHON=python3.10
+	$(MAKE) suite VENV=.venv-oldest CONSTRAINTS=build/oldest.txt
 
 test-newest: build/newest.txt  ## the same with the newest; best with PYTHON=python3.13
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=build/newest.txt
+	$(MAKE) suite VENV=.venv-newest CONSTRAINTS=build/newest.txt
 
 audit: $(VENV)/.dev  ## known holes in the installed libraries; asks a service for them
 	$(BIN)/python -m pip install --quiet --no-compile pip-audit

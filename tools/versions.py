@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BESIDE = ["jupyterlab_widgets==1.1.11"]  # ipywidgets 7 takes newer ones, which do not draw it
 
 
 def name_of(requirement):
@@ -26,6 +27,7 @@ def bounds():
 def oldest():
     "The lines of a constraints file."
     pins = [f"{name}=={version}" for name, version in bounds().items()]
+    pins += BESIDE
     names = {name_of(pin) for pin in pins}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return pins + [line for line in lines if line[:1].isalpha() and name_of(line) not in names]

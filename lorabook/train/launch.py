@@ -116,9 +116,9 @@ def _launch_config(nproc, nnodes, max_restarts, endpoint, name):
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # `_failed` says it
-    signals: dict = {"signals_to_handle": "SIGQUIT"}  # the others are passed on
-    patience = {"shutdown_timeout": 10}  # seconds, for those that wait for a dead process
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older torch has neither
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    patience: dict = {"shutdown_timeout": 10}  # seconds, for those that wait for a dead process
+    options = patience if patience.keys() <= known else {}  # torch 2.10 does not know it
     return LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
@@ -127,7 +127,8 @@ def _launch_config(nproc, nnodes, max_restarts, endpoint, name):
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
         max_restarts=max_restarts,
-        **{key: value for key, value in (signals | patience).items() if key in known},
+        signals_to_handle="SIGQUIT",  # the others are passed on
+        **options,
     )
 
 
