@@ -8,7 +8,7 @@ import os
 import sys
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns in every layer
-if sys.stderr and sys.stderr is sys.__stderr__ and not sys.stderr.isatty():
+if sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty()):
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a pipe or a file
 
 _HOME = {  # public name -> the module that defines it; loaded on first use

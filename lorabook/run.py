@@ -250,10 +250,10 @@ def _begin_output(cfg, resume):
     sign(folder)
 
 # %% ../nbs/80_run.ipynb #d3e6c037
-_MATTER = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps")
-_MATTER = {f"training.{name}" for name in (*_MATTER, "early_stopping_patience")}
-_MAY_CHANGE = {"max_time", "save_steps", "save_total_limit", "report_to"}
-_MAY_CHANGE = {f"training.{name}" for name in _MAY_CHANGE} | _MATTER | {"output_dir"}
+_LENGTH = "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "early_stopping_patience"
+_MATTER = {f"training.{name}" for name in _LENGTH}  # another adapter may come out
+_BESIDE = "max_time", "save_steps", "save_total_limit", "report_to"
+_MAY_CHANGE = {*_MATTER, *(f"training.{name}" for name in _BESIDE), "output_dir"}
 _CHANGES = "changes.json"
 
 

@@ -182,7 +182,7 @@ class TokenView:
         )
 
     def __str__(self):
-        piped = sys.stdout is sys.__stdout__ and not sys.stdout.isatty()
+        piped = sys.stdout is sys.__stdout__ and not (sys.stdout and sys.stdout.isatty())
         body = self._plain() if piped else self._coloured()
         counts = "; ".join(f"{name}: {n}" for name, n in self.counts.items())
         return f"{body}{self._rest()}\n{counts}"

@@ -103,11 +103,12 @@ def _read_csv(path, problems):
     with path.open(encoding="utf-8-sig", newline="") as lines:
         csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(lines, strict=True)
-        columns = collections.Counter(reader.fieldnames or [])
-        if len(columns) == 1 and re.search("[;\t|]", str(reader.fieldnames)):
+        header = list(reader.fieldnames or [])
+        columns = collections.Counter(header)
+        if len(header) == 1 and re.search("[;\t|]", header[0]):
             raise DataError(
                 f"{path.name} has only one column: its header has no comma.",
-                f"{reader.fieldnames[0]!r:.100}",
+                f"{header[0]!r:.100}",
                 "Save it again with commas between the columns.",
             )
         if twice := [name for name, count in columns.items() if count > 1]:
