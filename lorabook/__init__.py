@@ -4,8 +4,12 @@ __version__ = "0.1.0"
 
 import importlib
 import logging
+import os
+import sys
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns in every layer
+if sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty()):
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a pipe or a file
 
 _HOME = {  # public name -> the module that defines it; loaded on first use
     "RunConfig": "config",
@@ -62,7 +66,10 @@ __all__ = list(_HOME)
 
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError(f"module 'lorabook' has no attribute {name!r}")
+        from .config import nearest
+
+        hint = nearest(name, _HOME)
+        raise AttributeError(f"module 'lorabook' has no attribute {name!r}.{hint}")
     return getattr(importlib.import_module(f"lorabook.{_HOME[name]}"), name)
 
 

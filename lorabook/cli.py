@@ -16,14 +16,22 @@ from pathlib import Path
 
 from . import __version__
 from .app import serve_app
-from .config import RunConfig, nearest
+from .config import SECTIONS, RunConfig, nearest
 from .describe import commented_yaml
-from .errors import LorabookError, TrainingStopped
+from .errors import ConfigError, LorabookError, TrainingStopped
+from .runfolder import nothing_saved
 
 # %% ../nbs/81_cli.ipynb #4bff7b97
 def _read_config(words, resume=False):
     "A config from a file name and changes, in any order; of a run that is resumed, its own."
     files, changes = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    for word in files:
+        if word.partition(".")[0] in SECTIONS and not word.endswith((".yaml", ".yml")):
+            raise ConfigError(
+                "A change is written `section.key=value`, without blanks.",
+                " ".join(words),
+                f"Write {word}=...",
+            )
     if len(files) > 1:
         raise LorabookError(
             "More than one config file was given.",
@@ -38,8 +46,11 @@ def _read_config(words, resume=False):
 
 
 @contextmanager
-def _loading():
-    "Import without the search for garbage, of which an import leaves none."
+def _loading(folder=None):
+    "Import without the search for garbage, of which an import leaves none; a folder comes first."
+    names = ("adapter_config.json", "config.json")
+    if folder and not any(Path(folder, name).is_file() for name in names):
+        raise nothing_saved(folder)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first
         print("loading torch, transformers and peft", file=sys.stderr, flush=True)
     gc.disable()
@@ -60,8 +71,12 @@ def _train(cfg, resume, overwrite):
 
 def _run(arguments, train=_train):
     "Train."
+    from lorabook.data.files import check_files  # which needs no torch
+
     resume = arguments.resume_from or arguments.resume
-    train(_read_config(arguments.config, resume), resume, arguments.overwrite)
+    cfg = _read_config(arguments.config, resume)
+    check_files(cfg.data)
+    train(cfg, resume, arguments.overwrite)
 
 
 def _launch(arguments):
@@ -111,7 +126,7 @@ def _runs(arguments):
 
 def _chat(arguments):
     "Talk to a model."
-    with _loading():
+    with _loading(arguments.folder):
         from lorabook.terminal import chat_in_terminal
 
     chat_in_terminal(arguments.folder, arguments.system)
@@ -119,7 +134,7 @@ def _chat(arguments):
 
 def _merge(arguments):
     "Write a plain model."
-    with _loading():
+    with _loading(arguments.adapter):
         from lorabook.data.source import load_and_prepare_data
         from lorabook.export.folder import read_adapter
         from lorabook.export.merge import merge_adapter
@@ -132,7 +147,7 @@ def _merge(arguments):
 
 def _serve(arguments):
     "Print what to type."
-    with _loading():
+    with _loading(arguments.folder):
         from lorabook.export.serve import how_to_serve, write_modelfile
 
     if arguments.modelfile:
@@ -142,7 +157,7 @@ def _serve(arguments):
 
 def _push(arguments):
     "Upload a folder, or print what would be."
-    with _loading():
+    with _loading(arguments.folder):
         from lorabook.export.push import push_adapter
 
     options = dict(private=not arguments.public, dry_run=not arguments.yes)
@@ -288,8 +303,6 @@ def main(
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
             stream.reconfigure(errors="replace")
     do, arguments = _read(argv)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
     try:
         do(arguments)
     except TrainingStopped as error:

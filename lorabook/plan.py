@@ -256,13 +256,14 @@ class MemoryPlan:
     def __str__(self):
         memory = self.device.memory_bytes
         share, recomputed = self.needed_bytes / memory, self.work.checkpointing
+        took, tensors = show_size(self.needed_bytes), show_size(self.peak_bytes)
         lines = [
             f"{self.model}, weights in {self.stored}: {self.work.rows} x {self.work.length} tokens"
             + (", packed" if self.work.packed else "")
             + (f", {recomputed:.0%} of the layers recomputed" if recomputed else "")
             + (f", layers shared by {self.work.holders}" if self.work.holders > 1 else ""),
-            f"needs {show_size(self.needed_bytes)} of the {show_size(memory)} of "
-            f"{self.device.name} ({share:.0%}), most of all in the {self.phase}",
+            f"needs {took} (tensors {tensors}), {share:.0%} of the {show_size(memory)} of "
+            f"{self.device.name}; most in the {self.phase}",
         ]
         widest = max(self.components.values())
         for name, size in self.components.items():

@@ -35,6 +35,7 @@ class RunResult:
     config: RunConfig  # as it was run
     checks: AdapterCheck | None = None  # None: several processes trained it
     resumed_from: str | None = None  # the checkpoint; the time before it is not in `seconds`
+    changes: list = dataclasses.field(default_factory=list)  # of settings, on resuming, in words
 
     @cached_property
     def comparison(self) -> Comparison | None:  # None: there is no test split
@@ -58,7 +59,7 @@ class RunResult:
         found |= {"comparison": self.comparison.to_dict()} if self.comparison else {}
         found |= {"checks": self.checks.to_dict()} if self.checks else {}
         if self.resumed_from:
-            found["resumed_from"] = self.resumed_from
+            found |= {"resumed_from": self.resumed_from, "changes": self.changes}
         return dict(
             found,
             steps=self.history.rows[-1]["step"] if self.history.rows else 0,

@@ -15,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .config import RunConfig, as_config, library_versions
+from .data.files import check_files
 from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
 from .devices import fit
@@ -25,13 +26,18 @@ from .export.save import save_model
 from .hardware import detect_hardware
 from .infer.evaluate import evaluate
 from .infer.heldout import rows_in_train, rows_to_test
+from .infer.statistics import few_rows
 from .memory import MemoryLog, print_gpu_memory_usage
 from .model.adapter import leaves_base, setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
 from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
 from .runfolder import note_end
-from .train.arguments import check_training_arguments, find_doubts
+from lorabook.train.arguments import (
+    check_training_arguments,
+    find_doubts,
+    suggest_learning_rate,
+)
 from .train.checkpoint import find_checkpoint, only_run
 from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
@@ -68,13 +74,14 @@ class Run:
             self.data = prepare_rows(self.raw, self.tokenizer, self.cfg)
             self.overlap = self._look_at_test()
         with self.phase("plan"):
-            decide = lambda: _decide(self.cfg, self.data, self.checkpoint)
+            decide = lambda: _decide(self.cfg, self.data)
             self.cfg, self.phase.memory.plan = from_first(decide)
         with self.phase("model", "adapted"):
             name, seed, settings = self.cfg.model.name, self.cfg.seed, _placed(self.cfg)
             self.model, self.tokenizer = setup_model(name, seed, settings)
             self.phase.memory.mark("loaded")
             self.model = setup_lora(self.model, self.cfg.lora)
+            self.cfg = _with_rate(self.cfg, self.model)
             self.trainable = trainable_report(self.model)
             print(self.trainable)
             self.before = None if leaves_base(self.cfg.lora.init_lora_weights) else self._test()
@@ -107,7 +114,8 @@ class Run:
             after = self._test()
             checks = self._check(adapter_dir)
         measured = self.history, self.phase.memory, self.trainable, self.phase.seconds
-        result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks, self.checkpoint)
+        went_on = self.checkpoint, _changes(self.cfg.output_dir)
+        result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks, *went_on)
         from_first(lambda: _write_metrics(result))
         card = self.cfg, result.to_dict(), self.raw, self.history.rows, detect_hardware()
         from_first(lambda: write_card(adapter_dir, *card, self.data.report))
@@ -129,8 +137,9 @@ class Run:
         train, test = self.raw["train"], self.raw["test"]
         if not len(test):
             return None
-        for left_out in rows_to_test(test, self.tokenizer)[2]:
-            print(left_out)
+        rows, _, left_out = rows_to_test(test, self.tokenizer)
+        for line in (*left_out, *few_rows(len(rows))):
+            print(line)
         overlap = rows_in_train(train, test)
         print(overlap)
         return overlap
@@ -142,7 +151,7 @@ class Run:
         rows = self.raw["test"] if len(self.raw["test"]) else self.raw["train"]
         checks = check_adapter(adapter_dir, self.model, self.tokenizer, rows, self.base)
         if self.overlap:
-            found = f"{self.overlap.exact} of {self.overlap.rows}, and {self.overlap.near} nearly"
+            found = f"{self.overlap.exact} of {self.overlap.rows}; nearly: {self.overlap.near}"
             checks.rows.append(("test rows that were trained", found, not self.overlap.exact))
         return checks
 
@@ -168,6 +177,17 @@ class _Phases:
             self.seconds[name] = time.monotonic() - start
 
 # %% ../nbs/80_run.ipynb #785bdf0a
+def _doubts(cfg):
+    "What is allowed, but odd, in sentences."
+    found = find_doubts(cfg.training)
+    if cfg.model.name == "builtin" and cfg.data.train_file != "builtin":
+        found.append(
+            "the built-in model is tiny, and knows little but notes of patients: it is for trying "
+            "things out. For conversations of your own, give a larger one as `model.name`."
+        )
+    return found
+
+
 @contextmanager
 def open_run(
     cfg: RunConfig | None = None,  # None: the built-in run
@@ -179,11 +199,13 @@ def open_run(
     "Check a config, and hold the output folder as long as the run is open."
     cfg = RunConfig.from_dict(as_config(cfg).to_dict() | {"versions": library_versions()})
     check_training_arguments(cfg.training)
+    check_files(cfg.data)
     with one_voice(), only_run(cfg.output_dir):
-        for doubt in find_doubts(cfg.training):
+        for doubt in _doubts(cfg):
             print(f"note: {doubt}")
         resume = resume_from_checkpoint or begins_again(cfg.output_dir)
         checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))
+        cfg = from_first(lambda: _as_before(cfg)) if checkpoint else cfg
         run = Run(cfg, checkpoint, callbacks, tell)
         try:
             yield run
@@ -220,16 +242,19 @@ def _begin_output(cfg, resume):
     folder = Path(cfg.output_dir)
     for of_another in () if resume else (*folder.glob("checkpoint-*"), *folder.glob("runs")):
         shutil.rmtree(of_another)
-    for name in ("metrics.json", "end.json"):
+    for name in ("metrics.json", "end.json", *([] if resume else [_CHANGES])):
         Path(folder, name).unlink(missing_ok=True)
+    if resume:
+        _note_changes(folder, cfg)
     cfg.to_yaml(folder / "run.yaml")
     sign(folder)
 
 # %% ../nbs/80_run.ipynb #d3e6c037
-_MAY_CHANGE = {f"training.{name}" for name in ("max_steps", "num_train_epochs", "max_time")}
-_MAY_CHANGE |= {f"training.{name}_steps" for name in ("logging", "eval", "save")}
-_MAY_CHANGE |= {"training.save_total_limit", "training.early_stopping_patience"}
-_MAY_CHANGE |= {"training.report_to", "output_dir"}
+_LENGTH = "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "early_stopping_patience"
+_MATTER = {f"training.{name}" for name in _LENGTH}  # another adapter may come out
+_BESIDE = "max_time", "save_steps", "save_total_limit", "report_to"
+_MAY_CHANGE = {*_MATTER, *(f"training.{name}" for name in _BESIDE), "output_dir"}
+_CHANGES = "changes.json"
 
 
 def _check_same(cfg, began):
@@ -247,6 +272,7 @@ _DECIDED = {  # what `fit` may decide -> what goes with it
     "model.quantization": [],
     "training.batch_size": ["training.gradient_accumulation_steps"],
     "training.gradient_checkpointing": [],
+    "training.learning_rate": [],
 }
 
 
@@ -261,13 +287,36 @@ def _as_before(cfg):
     _check_same(cfg, began)
     return cfg
 
+
+def _changes(folder):
+    "What was changed in a run each time it was resumed, in words."
+    path = Path(folder, _CHANGES)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _note_changes(folder, cfg):
+    "Add what is changed this time, of the settings that make another adapter."
+    began = folder / "run.yaml"
+    lines = cfg.differences(RunConfig.from_yaml(began)) if began.exists() else []
+    found = _changes(folder) + [line for line in lines if line.partition(":")[0] in _MATTER]
+    (folder / _CHANGES).write_text(json.dumps(found), encoding="utf-8")
+
 # %% ../nbs/80_run.ipynb #1bb59329
-def _decide(cfg, data, resume):
-    "The config with every `auto` decided, and the plan of its memory."
+def _decide(cfg, data):
+    "The config with every `auto` decided that is a matter of memory, and the plan of it."
     longest = max(max(rows["length"], default=0) for rows in data.values())
-    found = fit(_as_before(cfg) if resume else cfg, length=longest)
+    found = fit(cfg, length=longest)
     print(found)
     return found.cfg, found.plan
+
+
+def _with_rate(cfg, model):
+    "The config with a number for the learning rate."
+    if cfg.training.learning_rate != "auto":
+        return cfg
+    rate = suggest_learning_rate(model)
+    print(f"training.learning_rate: {rate:.3g} (by the width of the model)")
+    return cfg.override(f"training.learning_rate={rate}")
 
 
 def _placed(cfg):

@@ -66,7 +66,8 @@ _COMMANDS = """\
 /adapter       they are the adapter's again
 /system TEXT   a system prompt; without a text: none
 /clear         begin a new conversation, of which the other side has not seen anything
-/quit          end, as Ctrl-D does"""
+/quit          end, as Ctrl-D, exit and quit do"""
+_ENDS = (None, "/quit", "/exit", "quit", "exit")
 
 
 def _switch(talk, to_base):
@@ -127,8 +128,9 @@ def chat_in_terminal(
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  arrow keys, and earlier lines
-        _note(f"{Path(folder).resolve().name}: type a message, or /help")
-    while (line := _next_line(talk)) not in (None, "/quit"):
+        sides = "" if whole else "; /base and /adapter change sides"
+        _note(f"{Path(folder).resolve().name}: type a message{sides}; /help tells more, /quit ends")
+    while (line := _next_line(talk)) not in _ENDS:
         try:
             if line.startswith("/"):
                 _note(_obey(line, talk))

@@ -96,6 +96,14 @@ def test_import_is_light(fresh):
     assert not loaded & {"torch", "transformers", "peft", "datasets", "numpy", "ipywidgets"}
 
 
+def test_a_pipe_gets_no_colours_and_no_progress_bars(fresh):
+    code = "import lorabook, os; print(os.environ.get('TQDM_DISABLE'))"
+    code += "\nfrom lorabook.data.chat import TokenView"
+    code += "\nprint(TokenView([('Hi', 5, False, False), ('Good', 7, True, False)]))"
+    lines = fresh(code).stdout.splitlines()
+    assert lines[:2] == ["1", "Hi[[Good]]"]
+
+
 def test_public_api():
     names = "RunConfig load_and_prepare_data setup_model setup_lora prepare_datasets create_trainer"
     names += " run_training save_model print_gpu_memory_usage show_tokens evaluate"
@@ -106,3 +114,5 @@ def test_public_api():
         assert getattr(lorabook, name).__doc__, name
     with pytest.raises(AttributeError, match="nonesuch"):
         lorabook.nonesuch  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean `setup_model`"):
+        lorabook.setup_modl  # noqa: B018

@@ -294,9 +294,9 @@ BAD_FILES = {  # kind -> file name, content, what the message holds
     "CSV with semicolons": (
         "mine.csv",
         "instruction;response\na;b\n",
-        "line 2",
-        "columns: instruction;response",
-        "instruction + response",
+        "only one column",
+        "'instruction;response'",
+        "with commas",
     ),
     "CSV with an open quotation mark": (
         "mine.csv",

@@ -31,6 +31,10 @@ def test_ten_lines(tmp_path, monkeypatch):
 def test_commands_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran, served, folders = [], [], []
+    (tmp_path / "mine.jsonl").touch()
+    for path in (tmp_path / "outputs/my_custom_llm_builtin", tmp_path / "merged"):
+        path.mkdir(parents=True)
+        (path / "adapter_config.json").touch()
     monkeypatch.setattr("lorabook.run.run_training", lambda cfg, **kwargs: ran.append(cfg))
     monkeypatch.setattr("lorabook.devices.device_table", lambda cfg, **options: "")
     monkeypatch.setattr("lorabook.devices.fit", lambda cfg, card, **options: ran.append(cfg))

@@ -206,13 +206,19 @@ def test_finished_run_resumed(thirty, zygote, tmp_path):
 
 def test_time_is_over(thirty, tmp_path):
     cfg = RunConfig().override(*changes(thirty), f"output_dir={tmp_path}/run")
-    with pytest.raises(TrainingStopped, match="after step 1 of 16") as stopped:
-        run_training(cfg.override("training.max_time=1e-6"))
+    longer = cfg.override("training.max_time=1e-6", "training.max_steps=20")
+    with pytest.raises(TrainingStopped, match="after step 1 of 20") as stopped:
+        run_training(longer)
     assert "checkpoint-1" in str(stopped.value) and "resume_from_checkpoint=True" in str(
         stopped.value
     )
     assert read_run(tmp_path / "run").state == "stopped"
-    assert run_training(cfg, resume_from_checkpoint=True).to_dict()["steps"] == 16
+    result = run_training(cfg, resume_from_checkpoint=True)
+    assert result.to_dict()["steps"] == 16
+    card = (result.adapter_dir / "README.md").read_text(encoding="utf-8")
+    for change in result.changes:
+        assert f"* `{change}`" in card and "this repeats the run" not in card
+    assert result.changes == ["training.max_steps: 20 when it began, 16 now"]
     record = read_run(tmp_path / "run")
     assert (record.state, record.resumed_from) == ("finished", "checkpoint-1")
 

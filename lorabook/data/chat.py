@@ -8,8 +8,10 @@ __all__ = ['SPECIAL_INSIDE', 'encode_chats', 'encode_chat', 'TokenView', 'show_t
 # %% ../../nbs/32_data.chat.ipynb #bad573e7
 import dataclasses
 import functools
+import itertools
 import os
 import re
+import sys
 from bisect import bisect_left, bisect_right
 from html import escape
 
@@ -160,17 +162,28 @@ class TokenView:
     def _rest(self):
         return f" … and {self.more:,} more tokens" if self.more else ""
 
-    def __str__(self):
+    def _plain(self):
+        "The text for what shows no colour, such as a file; double brackets hold what is trained."
+        stretches = itertools.groupby(self.pieces, key=lambda piece: piece[2])
+        texts = ((trained, "".join(_shown(p[0]) for p in pieces)) for trained, pieces in stretches)
+        return "".join(f"[[{text}]]" if trained else text for trained, text in texts)
+
+    def _coloured(self):
+        "The text with the colours of a terminal."
         colour = {
             (True, False): "\033[30;42m",
             (True, True): "\033[1;30;42m",
             (False, True): "\033[1;2m",
             (False, False): "\033[2m",
         }
-        body = "".join(
+        return "".join(
             f"{colour[trained, special]}{_shown(text)}\033[0m"
             for text, _, trained, special in self.pieces
         )
+
+    def __str__(self):
+        piped = sys.stdout is sys.__stdout__ and not (sys.stdout and sys.stdout.isatty())
+        body = self._plain() if piped else self._coloured()
         counts = "; ".join(f"{name}: {n}" for name, n in self.counts.items())
         return f"{body}{self._rest()}\n{counts}"
 

@@ -8,6 +8,7 @@ __all__ = ['SHAPES', 'MESSAGE_FIELDS', 'recognise', 'to_messages', 'to_tools']
 # %% ../../nbs/27_data.conversation.ipynb #5091fa3e
 import json
 
+from ..config import nearest
 from ..errors import DataError
 
 # %% ../../nbs/27_data.conversation.ipynb #1f13f8b4
@@ -220,11 +221,13 @@ def _settle_weight(message, place):
 def _checked(message, place):
     "A message without null fields and with a settled `weight`, if all it holds can be used."
     message = {name: v for name, v in message.items() if name == "content" or v is not None}
-    if message.get("role") not in _KNOWN_ROLES:
+    if (role := message.get("role")) not in _KNOWN_ROLES:
+        word = f"{role!s:.40}"
+        hint = nearest(_ROLES.get(word, word), _KNOWN_ROLES)
         raise DataError(
             f"{place} has an unknown role.",
-            repr(message.get("role")),
-            f"Use one of: {', '.join(_KNOWN_ROLES)}.",
+            repr(role),
+            f"Use one of: {', '.join(_KNOWN_ROLES)}.{hint}",
         )
     if "function_call" in message:
         raise DataError(

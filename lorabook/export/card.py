@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
-from ..config import RunConfig, builtin_path
+from ..config import RunConfig, place_of
 from ..data.batch import DataReport
 from ..errors import ModelError
 from ..hardware import Hardware
@@ -76,12 +76,17 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]))
 {% endif %}{% if versions %}
 {{ versions }}
 {% endif %}
-All settings are in `run.yaml`. With the same data, this repeats the run:
+All settings are in `run.yaml`.
+{%- if changes %} They are those of the end: the run was resumed with other settings than it had
+begun with, so a run with this file would be another one. What was changed:
+
+{{ changes }}
+{% else %} With the same data, this repeats the run:
 
 ```sh
 lorabook run run.yaml output_dir=again
 ```
-"""
+{% endif %}"""
 
 
 def _loading(cfg):
@@ -150,7 +155,7 @@ def _data(cfg, splits):
     rows = [(name, len(rows), _code(_short(files[name]))) for name, rows in splits.items()]
     hashes = []
     for name in dict.fromkeys(files.values()):
-        path = Path(builtin_path("data") if name == "builtin" else name)
+        path = Path(place_of(name, "data"))
         if os.path.isfile(path):
             with path.open("rb") as file:
                 size, found = show_size(path.stat().st_size), sha_fileobj(file).hex()
@@ -250,7 +255,8 @@ def _code(text):
 
 def _plain(text):
     "A sentence that may quote strangers, as text on one line."
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+    signs = r"([\\`*{}\[\]<>#|~!&]|\b_|_\b)"  # an underscore within a word is no sign
+    return re.sub(signs, r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 
 def _table(head, rows, rule="---"):
@@ -294,6 +300,7 @@ def write_card(
         curve=_curve(history or []),
         data=_data(cfg, splits or {}),
         versions=_table(("library", "version"), cfg.versions.items()),
+        changes="\n".join(f"* {_code(change)}" for change in figures.get("changes", ())),
     )
     card.save(folder / "README.md")
     return card

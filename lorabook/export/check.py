@@ -21,7 +21,7 @@ from ..errors import noted
 from .folder import attach_adapter, own_tokenizer, read_adapter, read_weights
 from ..model.adapter import leaves_base
 from ..model.load import setup_tokenizer
-from ..pictures import table_html
+from ..pictures import table_html, table_text
 
 # %% ../../nbs/74_export.check.ipynb #3a0097d1
 def base_fingerprint(
@@ -134,8 +134,7 @@ class AdapterCheck:
         return [(check, found, words[ok]) for check, found, ok in self.rows]
 
     def __str__(self):
-        width = max(len(check) for check, *_ in self.rows)
-        return "\n".join(f"{check:<{width}}  {ok}: {found}" for check, found, ok in self._shown())
+        return table_text(("check", "found", "ok"), self._shown())
 
     def _repr_html_(self):
         return table_html(("check", "found", "ok"), self._shown())
@@ -153,7 +152,7 @@ def check_adapter(
     weights, own = read_weights(info), _tokenizer(info, model, tokenizer)
     encoded, lost = _encode(own, rows or [])
     alike = [same for _, same in encoded]
-    found = [("layers that have moved", *_moved(info, weights))]
+    found = [("layers that the training changed", *_moved(info, weights))]
     found.append(
         (
             "greatest difference of a logit, reloaded",

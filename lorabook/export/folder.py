@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import RunConfig
 from ..errors import ModelError
 from ..model.load import setup_tokenizer
+from ..runfolder import nothing_saved
 
 # %% ../../nbs/67_export.folder.ipynb #463bbf0a
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,18 +71,6 @@ def _read_json(path):
     raise ModelError(f"{path} is no JSON object.", f"{values!r:.80}", "Copy it again.")
 
 
-def _no_adapter(folder):
-    "The error for a folder that holds no adapter."
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}"))
-    return ModelError(
-        f"{folder} is no adapter's folder.",
-        f"no {_CONFIG} in it" if folder.is_dir() else "there is no such folder",
-        f"Give an adapter in it: {', '.join(inside)}."
-        if inside
-        else "Give the folder of an adapter, in which adapter_config.json is.",
-    )
-
-
 def _check_patterns(folder, config):
     "Refuse patterns of layers that could take for ever to match."
     tables = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
@@ -101,7 +90,7 @@ def read_adapter(
     "Read what an adapter's folder says about it, without its weights."
     folder = Path(adapter_dir)
     if not (folder / _CONFIG).is_file():
-        raise _no_adapter(folder)
+        raise nothing_saved(folder, "adapter")
     config, written = _read_json(folder / _CONFIG), folder / "run.yaml"
     run = RunConfig.from_yaml(written) if written.is_file() else None
     base = run.model.name if run else config.get("base_model_name_or_path")

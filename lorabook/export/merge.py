@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from ..config import ModelSettings, builtin_path
+from ..config import ModelSettings, place_of
 from ..data.chat import encode_chats
 from ..errors import ModelError
 from .folder import read_adapter
@@ -45,6 +45,21 @@ class Merged:
     differences: list = dataclasses.field(default_factory=list)
     # (merged against what, largest and mean difference of a logit, share of the same choices)
     scores: dict = dataclasses.field(default_factory=dict)  # name -> `Scores` on the test split
+    limit: float = 0.0  # the largest mean difference that rounding to `dtype` explains
+
+    @property
+    def verdict(self) -> str:  # empty: nothing was compared
+        "Whether the merge is right, in a sentence."
+        if not self.differences:
+            return ""
+        against, _, mean, _ = self.differences[-1]
+        figures = f"{mean:.2g} in the mean; up to {self.limit:.2g} can be rounding"
+        if mean <= self.limit:
+            return f"The merge is right: it differs from {against} by rounding only ({figures})."
+        return (
+            f"THE MERGE MAY BE WRONG: it differs from {against} by more than rounding ({figures}). "
+            "Use the adapter on its base instead, or merge with another `dtype`."
+        )
 
     def _facts(self):
         yield (
@@ -76,11 +91,15 @@ class Merged:
 
     def __str__(self):
         tables = "\n\n".join(table_text(*table) for table in self._tables())
-        return f"{tables}\n\nfolder: {self.folder}"
+        said = f"\n\n{self.verdict}" * bool(self.verdict)
+        return f"{tables}{said}\n\nfolder: {self.folder}"
 
     def _repr_html_(self):
         tables = "".join(table_html(*table) for table in self._tables())
-        return f"<div>{tables}<p>folder: <code>{escape(str(self.folder))}</code></p></div>"
+        where = (
+            f"<p>{escape(self.verdict)}</p><p>folder: <code>{escape(str(self.folder))}</code></p>"
+        )
+        return f"<div>{tables}{where}</div>"
 
 
 def _answers(load, test):
@@ -105,6 +124,8 @@ def _compare(merged, info, base, test):
     as_trained = lambda: load_adapter(info.folder, base=base)
     in_16_bit = lambda: load_adapter(info.folder, base=base, settings=settings)
     itself = _answers(lambda: setup_model(str(merged.folder), cfg=settings), test)
+    step = max(torch.finfo(getattr(torch, merged.dtype)).eps, 1e-5)  # of a number, by its size
+    merged.limit = 4 * step * itself[0].abs().mean().item()
     kinds = {"the adapter on the base as trained": as_trained}
     kinds[f"the adapter on the base in {merged.dtype}"] = in_16_bit
     for name, load in kinds.items():
@@ -133,9 +154,9 @@ def _write_rest(plan, dtype, folder):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(folder)
     plan.tokenizer.save_pretrained(folder)
-    path = builtin_path("model") if plan.base == "builtin" else plan.base
+    path, revision = place_of(plan.base), plan.revision
     try:
-        GenerationConfig.from_pretrained(path, revision=plan.revision).save_pretrained(folder)
+        GenerationConfig.from_pretrained(path, revision=revision).save_pretrained(folder)
     except OSError:
         pass  # the base has none
 

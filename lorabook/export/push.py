@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ModelError
 from .folder import read_adapter
 from ..pictures import show_size, table_html
+from ..runfolder import nothing_saved
 
 # %% ../../nbs/73_export.push.ipynb #ee3e481f
 _SENT = re.compile(
@@ -164,8 +165,7 @@ def _not_sent(repo_id, error):
 def _check_names(folder, repo_id):
     "There has to be something to send, and a name for it."
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        todo = "Give the folder of an adapter or a merged model."
-        raise ModelError(f"{folder} holds no adapter and no model.", "no config in it", todo)
+        raise nothing_saved(folder)
     if not any(folder.glob("*.safetensors")):
         todo = "Copy the folder again, or save it again."
         raise ModelError(f"{folder} holds no weights.", "no *.safetensors in it", todo)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from ..config import builtin_path
+from ..config import place_of
 from ..errors import ModelError
 from .folder import read_adapter
 from .ollama import ollama_template
 from ..model.load import setup_tokenizer
 from ..pictures import visible
+from ..runfolder import nothing_saved
 
 # %% ../../nbs/75_export.serve.ipynb #41664a04
 @dataclasses.dataclass
@@ -117,7 +118,7 @@ def _vllm_way(info, base, revision):
 def _adapter_ways(folder):
     "Ways to serve an adapter."
     info = read_adapter(folder)
-    base = builtin_path("model") if info.base == "builtin" else info.base
+    base = place_of(info.base)
     revision = info.run.model.revision if info.run else info.config.get("revision")
     loaded = repr(base) + (f", revision={revision!r}" if revision else "")
     python = _PYTHON.format(base=loaded, folder=repr(str(folder)))
@@ -184,12 +185,7 @@ def holds_model(
         return False
     if (folder / "config.json").is_file() and list(folder.glob("model*.safetensors")):
         return True
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise ModelError(
-        f"{folder} holds no adapter and no model.",
-        ", ".join(names[:10]) or ("it is empty" if folder.is_dir() else "there is no such folder"),
-        "Give the folder that `save_model` or `merge_adapter` wrote.",
-    )
+    raise nothing_saved(folder)
 
 
 def how_to_serve(

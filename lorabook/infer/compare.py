@@ -222,7 +222,7 @@ def compare(
         if pairs:
             measures[name] = Measure.of_scores(name, *zip(*pairs))
         elif name not in before.values or name not in after.values:
-            left_out.append(f"{name} was measured for one of the two only")
+            left_out.append(f"{name.replace('_', ' ')} was measured for one of the two only")
     if before.general and after.general:
         measures["general_loss"] = Measure.of_losses("general_loss", before.general, after.general)
     else:

@@ -81,7 +81,7 @@ class Scores:
         applied = {name: len(self.known.get(name, ())) for name in self.values}
         partly = {n: count for n, count in applied.items() if count < self.rows}
         return self.skipped + [
-            f"{name} applies to {count or 'none'} of the {self.rows} rows"
+            f"{name.replace('_', ' ')} applies to {count or 'none'} of the {self.rows} rows"
             for name, count in partly.items()
         ]
 

@@ -172,8 +172,8 @@ class Overlap:
     examples: list  # (prompt of the test split, prompt of the training rows), ten at most
 
     def __str__(self):
-        text = f"of {self.rows} test rows, {self.exact} have a prompt of the training rows"
-        text += f", and {self.near} more nearly one"
+        text = f"test rows with a prompt that is trained: {self.exact} of {self.rows}"
+        text += f"; with one that is nearly the same: {self.near}"
         return "\n".join([text, *(f"  {a[:70]!r} and {b[:70]!r}" for a, b in self.examples[:1])])
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson_interval', 'mean_interval', 'ratio_interval', 'difference_interval', 'luck', 'show_score', 'show_interval',
-           'Measure']
+           'Measure', 'few_rows']
 
 # %% ../../nbs/49_infer.statistics.ipynb #434f8b1f
 import dataclasses
@@ -122,7 +122,7 @@ def luck(
     return float(found.pvalue)
 
 # %% ../../nbs/49_infer.statistics.ipynb #200d4330
-_LOSSES = "loss", "general_loss"  # lower is better
+_LOSSES, _LIMIT = ("loss", "general_loss"), 0.05  # lower is better; p below it is hardly luck
 
 
 def show_score(
@@ -185,7 +185,7 @@ class Measure:
     @property
     def shown(self) -> int:  # 1: better, -1: worse, 0: it may be luck
         "The direction of the change, if it is more than luck."
-        if self.interval is None or self.p >= 0.05 or self.interval[0] <= 0 <= self.interval[1]:
+        if self.interval is None or self.p >= _LIMIT or self.interval[0] <= 0 <= self.interval[1]:
             return 0
         return 1 if (self.after > self.before) != (self.name in _LOSSES) else -1
 
@@ -202,3 +202,18 @@ class Measure:
     def __str__(self):
         name, before, after, ends, *_ = self.row()
         return f"{name} {before} to {after} (difference {ends})"
+
+# %% ../../nbs/49_infer.statistics.ipynb #db6499c3
+def few_rows(
+    rows: int,  # of a test split
+) -> list[str]:  # a warning; empty: there are enough
+    "Say so if a test can't show any difference, not even if each row gets better."
+    enough = next(n for n in range(1, 100) if luck([1.0] * n) < _LIMIT)
+    if not 0 < rows < enough:
+        return []
+    by_luck = f"luck would do that in {luck([1.0] * rows):.0%} of such tests"
+    return [
+        f"warning: {rows} test rows can't show that the adapter is better, even if it is on each "
+        f"of them ({by_luck}). Give {enough} or more, better 100, by `data.split` or "
+        "`data.test_file`."
+    ]

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import is_offline_mode
+from huggingface_hub.constants import ENDPOINT, HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 
-from ..config import ModelSettings, builtin_path, nearest
+from ..config import ModelSettings, nearest, place_of
 from ..errors import ConfigError, ModelError
 from ..hardware import Hardware, choose_quantization, compute_dtype, detect_hardware
 from ..processes import process_count
@@ -90,6 +93,25 @@ def load_failed(
         "Check that it is a complete causal language model that the installed transformers knows.",
     )
 
+# %% ../../nbs/20_model.load.ipynb #ec1c8679
+def _is_unreachable(path):
+    "Whether a model can only come from this machine, since the hub doesn't answer."
+    if is_offline_mode() or os.path.exists(path):
+        return False  # the libraries know
+    try:
+        get_session().head(ENDPOINT, timeout=HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError):
+        return True
+    return False
+
+
+def _search(path, cfg):
+    "Options of `from_pretrained`: where to look, and what may run."
+    trust = cfg.trust_remote_code
+    return dict(
+        revision=cfg.revision, trust_remote_code=trust, local_files_only=_is_unreachable(path)
+    )
+
 # %% ../../nbs/20_model.load.ipynb #9b51937b
 _SPARE = [
     "<|finetune_right_pad_id|>",
@@ -130,12 +152,9 @@ def setup_tokenizer(
     "Load the tokenizer of a chat model."
     from transformers import AutoTokenizer
 
-    cfg = cfg or ModelSettings()
-    path = builtin_path("model") if name == "builtin" else name
+    cfg, path = cfg or ModelSettings(), place_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **_search(path, cfg))  # nosec B615 # `revision` is in there
     except Exception as error:
         raise load_failed(name, error) from error
     if not tokenizer.chat_template:
@@ -173,11 +192,12 @@ def _check_vocabulary(config, tokenizer, name):
         )
 
 
-def _check_shards(path, name, revision):
+def _check_shards(path, name, shared):
     "Refuse a list of weight files that names others than safetensors beside it."
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-    there = dict(revision=revision, _raise_exceptions_for_missing_entries=False)
+    there = {key: shared[key] for key in ("revision", "local_files_only")}
+    there["_raise_exceptions_for_missing_entries"] = False
     listed = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **there)
     if listed is None:
         return
@@ -245,12 +265,10 @@ def load_config(
     "The config of a model, a few kB; the weights are not looked at."
     from transformers import AutoConfig
 
-    cfg, path = cfg or ModelSettings(), builtin_path("model") if name == "builtin" else name
+    cfg, path = cfg or ModelSettings(), place_of(name)
     _check_attention(cfg.attn_implementation)
     try:
-        return AutoConfig.from_pretrained(
-            path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(path, **_search(path, cfg))  # nosec B615 # `revision` is in there
     except Exception as error:
         raise load_failed(name, error) from error
 
@@ -269,8 +287,8 @@ def setup_model(
     set_seed(seed)
     cfg, hardware = cfg or ModelSettings(), hardware or detect_hardware()
     kind, dtype = choose_quantization(cfg.quantization, hardware), _dtype(cfg, hardware)
-    path = builtin_path("model") if name == "builtin" else name
-    shared = dict(revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+    path = place_of(name)
+    shared = _search(path, cfg)
     config, tokenizer = load_config(name, cfg), setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
     options = dict(dtype=dtype, attn_implementation=cfg.attn_implementation, **shared)
@@ -279,7 +297,7 @@ def setup_model(
         options["quantization_config"] = _quantization_config(kind, dtype)
     options |= dict(use_safetensors=True, output_loading_info=True)
     try:
-        _check_shards(path, name, cfg.revision)
+        _check_shards(path, name, shared)
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)  # nosec B615 # `revision` is in there
     except ModelError:
         raise

@@ -16,7 +16,7 @@ from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..config import builtin_path
+from ..config import place_of
 from ..errors import ModelError
 from .load import load_failed
 from ..pictures import show_size
@@ -32,7 +32,7 @@ def find_shards(
     "The files with a model's weights."
     from transformers.utils import cached_file
 
-    path = builtin_path("model") if name == "builtin" else name
+    path = place_of(name)
     options = dict(revision=revision, _raise_exceptions_for_missing_entries=False)
     try:
         index = cached_file(path, _INDEX, **options)

@@ -126,9 +126,11 @@ def find_checkpoint(
                 print(f"passed over: {line}")
             return checkpoint
         faults.append(f"{checkpoint.name}: {fault}")
+    ended = Path(output_dir, "run.yaml").exists()
+    none = f"no checkpoint in {output_dir}" + ", whose run ended before it saved one" * ended
     raise TrainingError(
         "There is no checkpoint to resume from.",
-        "\n         ".join(faults) or f"nothing in {output_dir}",
+        "\n         ".join(faults) or none,
         "Start without resuming, or give the `output_dir` of the run.",
     )
 

@@ -131,5 +131,5 @@ def _beside(log):
     "What the probe took, beside the plan."
     if not log.measured:
         return "The longest batches fit."
-    took = f"The longest batches fit: {show_size(log.measured)} of tensors"
-    return f"{took}, planned were {show_size(log.planned)}" if log.planned else took
+    took = f"The longest batches fit: their tensors took {show_size(log.measured)}"
+    return f"{took}; the plan said {show_size(log.planned)}" if log.planned else took

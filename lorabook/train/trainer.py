@@ -257,7 +257,7 @@ def _how(trainer, fused):
     flat = getattr(collate, "flatten", False)
     rows = "end to end, without padding" if flat else "padded, or packed with a mask"
     logits = "of all tokens" if trainer.own_loss else "of trained tokens only"
-    layers = f"; {fused} layers in one go" if fused else ""
+    layers = f"; {fused} layers fused" if fused else ""
     shared = f"; layers shared by {process_count()} processes" if is_shared(model) else ""
     return f"logits {logits}; rows {rows} (attention: {attention}){layers}{shared}"
 
@@ -270,7 +270,7 @@ def make_ready(
     output_dir: str,  # for checkpoints
     cfg: TrainingSettings,  # the training section of a config
     seed: int,  # of the data order and dropout
-) -> tuple:  # (`TrainingArguments`, collator, layers in one go); raises errors of these
+) -> tuple:  # (`TrainingArguments`, collator, fused layers); raises errors of these
     "Check a model and its rows, and make it fast."
     _check_trained(model)
     if cfg.fsdp and process_count() > 1:
