@@ -258,6 +258,12 @@ def _check_attention(name):
         )
 
 
+def _attention(config, cfg):
+    "What to ask for; SDPA can't cap scores as Gemma 2 does, which older transformers overlooks."
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return cfg.attn_implementation or ("eager" if capped else None)
+
+
 def load_config(
     name: str = "builtin",  # `builtin`, a local folder, or a hub id
     cfg: ModelSettings | None = None,  # not for its dtype and quantization
@@ -291,7 +297,7 @@ def setup_model(
     shared = _search(path, cfg)
     config, tokenizer = load_config(name, cfg), setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
-    options = dict(dtype=dtype, attn_implementation=cfg.attn_implementation, **shared)
+    options = dict(dtype=dtype, attn_implementation=_attention(config, cfg), **shared)
     options["device_map"] = _device_map(cfg, hardware)
     if kind != "none":
         options["quantization_config"] = _quantization_config(kind, dtype)
