@@ -28,7 +28,7 @@ from transformers import masking_utils
 from .config import ModelSettings
 from .errors import PlanError
 from .model import attention
-from .model.load import _attention, _keep_gradients, _quantization_config
+from .model.load import _attention_of, _keep_gradients, _quantization_config
 
 # %% ../nbs/39_dryrun.ipynb #dry00005
 def _quantizer(config, kind, dtype):
@@ -70,7 +70,7 @@ def empty_model(
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
             dtype=dtype,
-            attn_implementation=_attention(config, cfg),
+            attn_implementation=_attention_of(config, cfg),
             trust_remote_code=cfg.trust_remote_code,
         )
         model.tie_weights()

@@ -258,7 +258,7 @@ def _check_attention(name):
         )
 
 
-def _attention(config, cfg):
+def _attention_of(config, cfg):
     "What to ask for; SDPA can't cap scores as Gemma 2 does, which older transformers overlooks."
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return cfg.attn_implementation or ("eager" if capped else None)
@@ -297,7 +297,7 @@ def setup_model(
     shared = _search(path, cfg)
     config, tokenizer = load_config(name, cfg), setup_tokenizer(name, cfg)
     _check_vocabulary(config, tokenizer, name)
-    options = dict(dtype=dtype, attn_implementation=_attention(config, cfg), **shared)
+    options = dict(dtype=dtype, attn_implementation=_attention_of(config, cfg), **shared)
     options["device_map"] = _device_map(cfg, hardware)
     if kind != "none":
         options["quantization_config"] = _quantization_config(kind, dtype)
