@@ -22,7 +22,12 @@ from ..processes import any_of_them, from_first, is_first, wait_for_all
 
 # %% ../../nbs/59_train.checkpoint.ipynb #0634fa60
 _LIST, _BESIDE = "checksums.json", ".saving"
-_NOT_WRITTEN = "PytorchStreamWriter", "inline_container", "os error"  # by torch and safetensors
+_NOT_WRITTEN = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "os error",
+    "IoError",
+)  # torch, safetensors
 
 
 def _checksum(path):
