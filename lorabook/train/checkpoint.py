@@ -22,12 +22,8 @@ from ..processes import any_of_them, from_first, is_first, wait_for_all
 
 # %% ../../nbs/59_train.checkpoint.ipynb #0634fa60
 _LIST, _BESIDE = "checksums.json", ".saving"
-_NOT_WRITTEN = (
-    "PytorchStreamWriter",
-    "inline_container",
-    "os error",
-    "IoError",
-)  # torch, safetensors
+# said by torch, and by safetensors, older and newer
+_NOT_WRITTEN = "PytorchStreamWriter", "inline_container", "IoError", "os error"
 
 
 def _checksum(path):
