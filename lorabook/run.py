@@ -298,8 +298,9 @@ def _note_changes(folder, cfg):
     "Add what is changed this time, of the settings that make another adapter."
     began = folder / "run.yaml"
     lines = cfg.differences(RunConfig.from_yaml(began)) if began.exists() else []
-    found = _changes(folder) + [line for line in lines if line.partition(":")[0] in _MATTER]
-    (folder / _CHANGES).write_text(json.dumps(found), encoding="utf-8")
+    found = [line for line in lines if line.partition(":")[0] in _MATTER]
+    if found:
+        (folder / _CHANGES).write_text(json.dumps(_changes(folder) + found), encoding="utf-8")
 
 # %% ../nbs/80_run.ipynb #1bb59329
 def _decide(cfg, data):
