@@ -7,6 +7,7 @@ __all__ = ['RunResult']
 
 # %% ../nbs/78_result.ipynb #5fbe1879
 import dataclasses
+import math
 import statistics
 from functools import cached_property
 from html import escape
@@ -40,11 +41,16 @@ class RunResult:
     @cached_property
     def comparison(self) -> Comparison | None:  # None: there is no test split
         "Base and adapter on the same unseen conversations."
-        losses = self.history.column("loss")[1]
-        last = losses[-1] if losses else None
         if self.before is None or self.after is None:
             return None
-        return compare(self.before, self.after, train_loss=last)
+        return compare(self.before, self.after, train_loss=self._train_loss())
+
+    def _train_loss(self):
+        "The training loss at the step that was kept, that of the best evaluation."
+        steps, losses = self.history.column("eval_loss")
+        kept = steps[losses.index(min(losses))] if steps else math.inf
+        logged = [loss for step, loss in zip(*self.history.column("loss")) if step <= kept]
+        return logged[-1] if logged else None
 
     @property
     def tokens_per_second(self) -> float | None:  # None: nothing was logged

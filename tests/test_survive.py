@@ -452,11 +452,13 @@ def test_callback_that_fails(tmp_path, refused):
         trainer.train()
 
 
-def test_early_stopping_goes_on_counting(tmp_path):
+def test_early_stopping_goes_on_counting(tmp_path, capsys):
     "No evaluation is better than the first; the third of these ends it, in whichever process."
     settings = dict(max_steps=12, eval_steps=1, early_stopping_patience=3, learning_rate=1e-30)
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
+    said = "Step 1 is kept: no later one was better, so the training ended after step 4."
+    assert said in capsys.readouterr().out
     trainer = make_trainer(tmp_path / "run", **settings)
     trainer.add_callback(Damage(2, trainer.stopper.stop))
     with pytest.raises(TrainingStopped):

@@ -176,10 +176,20 @@ class AdapterTrainer(StepTrainer):
         if fault:
             best = Path(self.state.best_model_checkpoint).name
             print(f"The best checkpoint, {best}, is damaged ({fault}); the last state is kept.")
-        elif isinstance(self.model, PeftModel):
+            return
+        if isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
             self._load_native(self.state.best_model_checkpoint)
+        self._say_kept()
+
+    def _say_kept(self):
+        "Say which step it is, if not the last, and whether the training ended for that."
+        best, last = self.state.best_global_step, self.state.global_step
+        if best < last:
+            early = stopped_early(self.callback_handler.callbacks)
+            ended = f", so the training ended after step {last}" if early else ""
+            print(f"Step {best} is kept: no later one was better{ended}.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PeftModel):
