@@ -26,6 +26,12 @@ def _read_config(words, resume=False):
     "A config from a file name and changes, in any order; of a run that is resumed, its own."
     files, changes = [w for w in words if "=" not in w], [w for w in words if "=" in w]
     for word in files:
+        if Path(word).suffix in (".jsonl", ".csv", ".parquet"):
+            raise ConfigError(
+                "A config is a YAML file, and this one holds conversations.",
+                word,
+                f"Write data.train_file={word}",
+            )
         if word.partition(".")[0] in SECTIONS and not word.endswith((".yaml", ".yml")):
             raise ConfigError(
                 "A change is written `section.key=value`, without blanks.",

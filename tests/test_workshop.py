@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
-from versions import bounds, name_of, oldest
+from versions import COLABS, bounds, name_of, oldest
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 YAML = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
@@ -108,6 +108,8 @@ def test_what_is_tested_is_what_is_admitted(python):
 
 def test_oldest():
     pins = dict(line.split("==", 1) for line in oldest() if ";" not in line)
+    colab = dict(line.split("==") for line in text("tests/colab_requirements.txt").splitlines()[1:])
+    pins |= {name: colab[name] for name in COLABS}
     assert {name: pins[name] for name in bounds()} == bounds()
     assert pins["pytest"] == str(versions_of("3.13")["pytest"])
     assert len(pins) == len({name_of(name) for name in pins})

@@ -1,6 +1,7 @@
 """Constraints for pip that take the oldest libraries of settings.ini: python tools/versions.py
 
-Each library is held at its lower bound; the development tools stay at what constraints.txt says.
+Each library is held at its lower bound; the development tools stay at what constraints.txt says,
+and what is Colab's, which the tests have in a folder of its own.
 `make test-oldest` runs the tests with them.
 """
 
@@ -9,7 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = ["jupyterlab_widgets==1.1.11"]  # ipywidgets 7 takes newer ones, which do not draw it
+COLABS = {"ipywidgets"}  # Colab alone draws its oldest: tests/colab_requirements.txt
 
 
 def name_of(requirement):
@@ -26,8 +27,7 @@ def bounds():
 
 def oldest():
     "The lines of a constraints file."
-    pins = [f"{name}=={version}" for name, version in bounds().items()]
-    pins += BESIDE
+    pins = [f"{name}=={version}" for name, version in bounds().items() if name not in COLABS]
     names = {name_of(pin) for pin in pins}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return pins + [line for line in lines if line[:1].isalpha() and name_of(line) not in names]
