@@ -90,7 +90,8 @@ def printed(outputs):
 
 def advice(kernel):
     "What a session says first, in a kernel that hears clicks too late."
-    said = kernel.evaluate("__import__('lorabook.widgets.kernel').widgets.kernel.check_kernel()")
+    kernel.execute("from lorabook.widgets.kernel import check_kernel")
+    said = kernel.evaluate("check_kernel() or ''")
     return f"{said}\n" if said else ""
 
 
