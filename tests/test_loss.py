@@ -549,8 +549,9 @@ torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 model = torch.nn.parallel.DistributedDataParallel(tiny_model("gemma2", 64))
 ids = torch.arange(3, 23)[None]
 batch = {"input_ids": ids, "labels": ids}
-for loss in (model(**batch).loss, trained_loss(model, batch)):
+for of in (lambda: model(**batch).loss, lambda: trained_loss(model, batch)):
     model.zero_grad()
+    loss = of()
     loss.backward()
     found.append((loss.item(), sum(p.grad.norm().item() for p in model.parameters())))
 torch.distributed.destroy_process_group()
