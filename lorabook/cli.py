@@ -269,6 +269,15 @@ def _options(arguments):
         yield from _options(argument) if isinstance(argument, list) else argument[:1]
 
 
+def _as_change(option):
+    "How a setting is changed that was written as an option."
+    name, _, value = option.lstrip("-").partition("=")
+    key = name.rpartition(".")[2].replace("-", "_")
+    homes = {"": RunConfig, **{f"{section}.": kind for section, kind in SECTIONS.items()}}
+    found = [home for home, kind in homes.items() if key in kind.__dataclass_fields__]
+    return f" Settings have no dashes: write {found[0]}{key}={value or '...'}" if found else ""
+
+
 def _add(command, arguments):
     "Give a command its arguments."
     for argument in arguments:
@@ -283,18 +292,22 @@ def _read(argv):
     text = "Fine-tune chat models with LoRA and QLoRA."
     parser = argparse.ArgumentParser(prog="lorabook", description=text)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     for name, (do, about, *arguments) in _COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(do=do)
         _add(command, arguments)
     words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
         parser.error(f"there is no command `{words[0]}`.{nearest(words[0], _COMMANDS)}")
     found, rest = parser.parse_known_args(argv)
     changes = vars(found).get("config")  # of which some may stand behind an option
     if wrong := [word for word in rest if changes is None or word.startswith("-")]:
-        hint = nearest(wrong[0], _options(_COMMANDS[found.command][2:]))
+        hint = _as_change(wrong[0]) if changes is not None else ""
+        hint = hint or nearest(wrong[0], _options(_COMMANDS[found.command][2:]))
         parser.error(f"unrecognized arguments: {' '.join(wrong)}.{hint}")
     if changes is not None:
         changes += rest

@@ -130,6 +130,8 @@ def chat_in_terminal(
             import readline  # noqa: F401  arrow keys, and earlier lines
         sides = "" if whole else "; /base and /adapter change sides"
         _note(f"{Path(folder).resolve().name}: type a message{sides}; /help tells more, /quit ends")
+    else:
+        _note("each line is a message of one conversation; a line /clear begins another")
     while (line := _next_line(talk)) not in _ENDS:
         try:
             if line.startswith("/"):

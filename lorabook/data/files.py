@@ -255,5 +255,5 @@ def _read(source, key, problems):
         raise DataError(
             f"{path.name} is not UTF-8 text.",
             f"byte {error.start}: {error.reason}",
-            "Save it again as UTF-8.",
+            "Save it again as UTF-8, which Excel calls `CSV UTF-8`.",
         ) from None

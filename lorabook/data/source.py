@@ -247,7 +247,7 @@ def _refuse_overlap(splits, prompts, data, cfg):
             raise DataError(
                 f"The {name} split is empty.",
                 " / ".join(f"{n} {len(rows)}" for n, rows in splits.items()),
-                "Give more rows, or other parts in `data.split`; a 0 there does without a split.",
+                "Give more rows, or other parts in `data.split`; a part of 0 leaves a split out.",
             )
     for a, b in itertools.combinations(splits, 2):
         there = {prompts[row] for row in splits[a]}

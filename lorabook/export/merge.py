@@ -52,14 +52,17 @@ class Merged:
         "Whether the merge is right, in a sentence."
         if not self.differences:
             return ""
+        trained, *_, same = self.differences[0]
         against, _, mean, _ = self.differences[-1]
         figures = f"{mean:.2g} in the mean; up to {self.limit:.2g} can be rounding"
-        if mean <= self.limit:
-            return f"The merge is right: it differs from {against} by rounding only ({figures})."
-        return (
-            f"THE MERGE MAY BE WRONG: it differs from {against} by more than rounding ({figures}). "
-            "Use the adapter on its base instead, or merge with another `dtype`."
-        )
+        if mean > self.limit:
+            return (
+                f"THE MERGE MAY BE WRONG: it differs from {against} by more than rounding "
+                f"({figures}). Use the adapter on its base instead, or merge with another `dtype`."
+            )
+        said = f"The merge is right: it differs from {against} by rounding only ({figures})."
+        but = f" Its answers may differ from {trained}, with which it shares {same:.0%} of choices."
+        return said + but * (trained != against)
 
     def _facts(self):
         yield (

@@ -34,7 +34,7 @@ def _kind(judge, loss, train_loss):
     if not math.isfinite(loss.after) or (jumped and not learned):
         return "broken"
     by_heart = learned and loss.after > max(0.25, 10 * train_loss)
-    in_vain = learned and loss.after > 2 * train_loss and judge.shown <= 0 and loss.shown <= 0
+    in_vain = learned and loss.after >= loss.before and judge.shown <= 0
     if by_heart or in_vain:
         return "over-fitted"
     if judge.shown > 0:
