@@ -119,7 +119,7 @@ BROKEN = pa.StringArray.from_buffers(
 DATA = {  # kind -> file name, content or what writes it, parts of the message
     "deep list": ("a.jsonl", "[" * 100_000, "line 1", "nested too deeply"),
     "deep object": ("a.json", '{"a":' * 100_000, "a.json", "nested too deeply"),
-    "deep arguments": ("a.jsonl", call("[" * 900 + "]" * 900), "line 1", "nested too deeply"),
+    "deep arguments": ("a.jsonl", call("[" * 2000 + "]" * 2000), "line 1", "nested too deeply"),
     "number of 5,000 digits": ("a.jsonl", call("9" * 5000), "line 1", "too large"),
     "number of 5,000 digits in a list": ("a.json", f"[{'9' * 5000}]", "a.json", "too large"),
     "endless number": ("a.jsonl", call("1e999"), "line 1, message 2", "JSON can't hold"),

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -545,3 +546,25 @@ def test_planning_a_large_model_takes_little_memory(fresh):
     assert grown < 1e9
     assert 0 <= parts["base weights"] - base_bytes(config, "nf4") <= 2048
     assert parts["adapter"] == blocks(*(4 * size for size in adapter_parts(config, 16)))
+
+
+FORKED = """
+import os, torch
+from lorabook.plan import plan_memory
+
+def train():
+    x = torch.ones(3, requires_grad=True)
+    (x * x).sum().backward()
+
+plan_memory()
+train()
+if child := os.fork():
+    raise SystemExit(os.waitpid(child, 0)[1])
+train()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_process_forked_after_a_plan_can_train(fresh):
+    done = fresh(FORKED)
+    assert done.returncode == 0, done.stderr

@@ -237,9 +237,10 @@ def trained_loss(
     tail: Tail | None = None,  # None: as it is measured, once for each model
 ) -> torch.Tensor:  # a float32 scalar; raises `LossError`
     "Next-token loss on the positions that have a label."
+    tail = tail or _tail(model)  # first: another forward may change buffers of a parallel model
     at = (_following(batch["labels"]) != -100).nonzero().squeeze(1) if at is None else at
     hidden, autocast = _run_body(model, batch)
-    return _loss(model, batch["labels"], num_items, at, tail or _tail(model), hidden, autocast)
+    return _loss(model, batch["labels"], num_items, at, tail, hidden, autocast)
 
 # %% ../../nbs/22_model.loss.ipynb #67bdd00e
 @torch.inference_mode()
