@@ -60,7 +60,7 @@ _YES_AND_NO = " YAML reads yes, no, on and off as true and false; a text goes in
 def _hint(key, fault):
     "How to write what was probably meant, perhaps empty."
     if fault["type"] == "list_type" and isinstance(fault["input"], str):
-        return f" A list goes into brackets: `{key}=[{fault['input']:.100}]`"
+        return f" A list goes into brackets: `{key}=[{fault['input']:.100}]`."
     return _YES_AND_NO if isinstance(fault["input"], bool) else ""
 
 

@@ -77,8 +77,6 @@ def check_unused(
 # %% ../nbs/12_resume.ipynb #62e532af
 _LENGTH = "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "early_stopping_patience"
 _MATTER = {f"training.{name}" for name in _LENGTH}  # another adapter may come out
-_BESIDE = "max_time", "save_steps", "save_total_limit", "report_to"
-_MAY_CHANGE = {*_MATTER, *(f"training.{name}" for name in _BESIDE), "output_dir"}
 _CHANGES = "changes.json"
 
 
@@ -113,6 +111,8 @@ def begin_folder(
     write_record(folder / "run.yaml", cfg.to_yaml())
 
 # %% ../nbs/12_resume.ipynb #7b01b883
+_BESIDE = "max_time", "save_steps", "save_total_limit", "report_to"
+_MAY_CHANGE = {*_MATTER, *(f"training.{name}" for name in _BESIDE), "output_dir"}
 _DECIDED = {  # what may be `auto` -> what was decided with it
     "model.quantization": [],
     "training.batch_size": ["training.gradient_accumulation_steps"],

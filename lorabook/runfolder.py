@@ -102,8 +102,12 @@ def write_record(
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
-        todo = "Make room, or see to the right to write, and start again."
-        raise TrainingError(f"{path} can't be written.", error, todo) from error
+        raise TrainingError(
+            f"{path} can't be written.",
+            error,
+            "Make room, or see to the right to write, and run it again; if it has checkpoints, "
+            "with `--resume` (`resume_from_checkpoint=True`).",
+        ) from error
 
 # %% ../nbs/11_runfolder.ipynb #9dbe55af
 @dataclasses.dataclass
