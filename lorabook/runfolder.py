@@ -94,11 +94,13 @@ def write_record(
     text: str,
 ):  # raises `TrainingError`
     "Write a file of a run, or leave it as it was."
-    path = Path(path)
+    path, data = Path(path), text.encode()
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        if not path.exists() or path.read_bytes() != data:
+            beside.write_bytes(data)
+            beside.replace(path)
+        path.touch()  # its time is that of the last writing, even if nothing has changed
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
