@@ -18,7 +18,7 @@ from .runfolder import write_record
 
 # %% ../nbs/12_resume.ipynb #e9526529
 def flat_settings(
-    cfg: RunConfig,
+    cfg: RunConfig,  # of any run
 ) -> dict:  # such as {"lora.r": 16, "seed": 42}, without the versions
     "All settings by their full names."
     found = {}

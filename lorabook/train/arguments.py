@@ -139,7 +139,7 @@ def training_arguments(
 
 # %% ../../nbs/55_train.arguments.ipynb #974b85af
 def find_doubts(
-    cfg: RunConfig,
+    cfg: RunConfig,  # of a run that begins
     train: int,  # rows to train on; packed ones, if they are packed
     validation: int,  # conversations in the validation split
 ) -> list[str]:  # sentences; empty: nothing is odd
