@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Positive', 'Share', 'Auto', 'nearest', 'builtin_path', 'place_of', 'ModelSettings', 'DataSettings',
-           'LoraSettings', 'TrainingSettings', 'RunConfig', 'as_config', 'library_versions']
+           'LoraSettings', 'TrainingSettings', 'RunConfig', 'as_config']
 
 # %% ../nbs/01_config.ipynb #2c929a17
 import dataclasses
@@ -12,7 +12,7 @@ import difflib
 import functools
 import re
 from collections.abc import Hashable
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_type_hints
 
@@ -57,9 +57,16 @@ def _unknown_key(key, name, value, known, todo=""):
 _YES_AND_NO = " YAML reads yes, no, on and off as true and false; a text goes into quotes."
 
 
+def _hint(key, fault):
+    "How to write what was probably meant, perhaps empty."
+    if fault["type"] == "list_type" and isinstance(fault["input"], str):
+        return f" A list goes into brackets: `{key}=[{fault['input']:.100}]`."
+    return _YES_AND_NO if isinstance(fault["input"], bool) else ""
+
+
 def _faults(error, section, cls):
     "What pydantic found, as a list of `ConfigError`s, one for each key."
-    faults, wrong, fields = [], {}, [f.name for f in dataclasses.fields(cls)]
+    faults, wrong, hints, fields = [], {}, {}, [f.name for f in dataclasses.fields(cls)]
     if error.error_count() > 50:
         faults.append(ConfigError(f"{error.error_count()} values are wrong; here are 50."))
     for e in error.errors()[:50]:
@@ -74,11 +81,11 @@ def _faults(error, section, cls):
             faults.append(_unknown_key(key, name, e["input"], fields, f".{hint}"))
         else:
             found = f"{e['input']!r:.500} ({type(e['input']).__name__})"
-            more = _YES_AND_NO if isinstance(e["input"], bool) else ""
-            wrong.setdefault((key, found, more), []).append(e["msg"])
+            wrong.setdefault((key, found), []).append(e["msg"])
+            hints[key, found] = hints.get((key, found)) or _hint(key, e)
     return faults + [
-        _wrong_value(key, found, ", or: ".join(messages) + "." + more)
-        for (key, found, more), messages in wrong.items()
+        _wrong_value(key, found, ", or: ".join(messages) + "." + hints[key, found])
+        for (key, found), messages in wrong.items()
     ]
 
 # %% ../nbs/01_config.ipynb #0447bdf7
@@ -534,19 +541,6 @@ class RunConfig(_Settings):
         }
         return {name: value for name, value in values.items() if value != {}}
 
-    def differences(
-        self,
-        began: "RunConfig",  # an earlier one
-        ignored: tuple | set = (),  # full names, such as "training.max_steps"
-    ) -> list[str]:  # such as "lora.r: 8 when it began, 16 now"
-        "Settings that are not as they were, apart from the versions."
-        now, then = _flat(self), _flat(began)
-        return [
-            f"{key}: {then.get(key)!r} when it began, {now.get(key)!r} now"
-            for key in sorted(now.keys() | then.keys())
-            if key not in ignored and now.get(key) != then.get(key)
-        ]
-
     def to_yaml(
         self,
         path: str | Path | None = None,  # where to write it; None: only return it
@@ -564,14 +558,6 @@ class RunConfig(_Settings):
     def _repr_markdown_(self):
         return f"```yaml\n{self.to_yaml()}```"
 
-
-def _flat(cfg):
-    "All settings but the versions, by their full names."
-    values = cfg.to_dict() | {"versions": None}
-    sections = {name: of for name, of in values.items() if name in SECTIONS}
-    plain = {name: value for name, value in values.items() if name not in sections}
-    return plain | {f"{name}.{k}": v for name, of in sections.items() for k, v in of.items()}
-
 # %% ../nbs/01_config.ipynb #5cf123a3
 def as_config(
     cfg: RunConfig | None,  # None: the built-in run
@@ -585,18 +571,3 @@ def as_config(
         "Give a `RunConfig`: `RunConfig.from_yaml(path)` reads a file, and "
         "`RunConfig.from_dict(values)` takes a dict.",
     )
-
-# %% ../nbs/01_config.ipynb #bacc8423
-def library_versions() -> dict:  # library -> version, for those that are installed
-    "The versions that decide what a run computes."
-    names = ["lorabook", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"]
-    found = {name: _version(name) for name in names}
-    return {name: version for name, version in found.items() if version}
-
-
-def _version(name):
-    "Installed version of a library, or None; its code is not imported."
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

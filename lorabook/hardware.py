@@ -87,8 +87,7 @@ def packed_attention(
 ) -> str:  # "varlen" or "sdpa"
     "How rows of several conversations are attended to fastest."
     hardware = hardware or detect_hardware()
-    has_kernel = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    on_card = (hardware.capability or (0, 0)) >= (8, 0) and has_kernel
+    on_card = (hardware.capability or (0, 0)) >= (8, 0)
     return "varlen" if on_card or hardware.device == "cpu" else "sdpa"
 
 # %% ../nbs/02_hardware.ipynb #258a1c11

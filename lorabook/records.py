@@ -10,25 +10,19 @@ import dataclasses
 import time
 from pathlib import Path
 
-from .config import SECTIONS, RunConfig
+from .config import RunConfig
 from .describe import show_value
 from .errors import LorabookError
 from .pictures import figure_html, table_html, table_text, visible
-from .runfolder import RunRecord, read_run
+from .resume import flat_settings
+from .runfolder import read_run
 
 # %% ../nbs/77_records.ipynb #52bfa275
-def _flat(record):
-    "Settings by their full names, but for where the run is."
-    values = record.config.to_dict() if record.config else {}
-    seed = {"seed": values["seed"]} if values else {}
-    return {f"{s}.{k}": v for s in SECTIONS for k, v in values.get(s, {}).items()} | seed
-
-
 def _settings(records):
     "Settings in which runs differ: name -> values of the runs, in words."
-    flat = list(map(_flat, records))
+    flat = [flat_settings(record.config) if record.config else {} for record in records]
     known = [one for one in flat if one]
-    names = dict.fromkeys(name for one in known for name in one)
+    names = dict.fromkeys(name for one in known for name in one if name != "output_dir")
     differ = [name for name in names if any(one.get(name) != known[0].get(name) for one in known)]
     shown = lambda one, name: visible(show_value(one[name]), 60) if name in one else ""
     return {name: [shown(one, name) for one in flat] for name in differ}
@@ -36,9 +30,10 @@ def _settings(records):
 
 def _own(records):
     "Of each run, the settings that are neither those of all runs nor the usual ones."
-    usual, differ, found = _flat(RunRecord(Path(), "", config=RunConfig())), _settings(records), []
+    usual, differ, found = flat_settings(RunConfig()), _settings(records), []
     for i, record in enumerate(records):
-        own = [name for name in differ if _flat(record).get(name) != usual.get(name)]
+        values = flat_settings(record.config) if record.config else {}
+        own = [name for name in differ if values.get(name) != usual.get(name)]
         words = [f"{name.rpartition('.')[2]}={differ[name][i]}" for name in own if differ[name][i]]
         more = f", and {len(words) - 4} more" if len(words) > 4 else ""
         found.append(", ".join(words[:4]) + more)

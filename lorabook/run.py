@@ -8,18 +8,15 @@ __all__ = ['run_training', 'Run', 'open_run']
 # %% ../nbs/80_run.ipynb #9e6632e4
 import dataclasses
 import json
-import shutil
 import time
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 
-from .config import RunConfig, as_config, library_versions
+from .config import RunConfig, as_config
 from .data.files import check_files
 from .data.pack import prepare_rows
 from .data.source import load_and_prepare_data
 from .devices import fit
-from .errors import ConfigError, TrainingError
 from .export.card import write_card
 from .export.check import base_fingerprint, check_adapter
 from .export.save import save_model
@@ -32,12 +29,9 @@ from .model.adapter import leaves_base, setup_lora, trainable_report
 from .model.load import setup_model, setup_tokenizer
 from .processes import from_first, is_first, one_voice, process_count
 from .result import RunResult
-from .runfolder import note_end
-from lorabook.train.arguments import (
-    check_training_arguments,
-    find_doubts,
-    suggest_learning_rate,
-)
+from .resume import begin_folder, changes_in, check_unused, keep_decisions, library_versions
+from .runfolder import note_end, write_record
+from .train.arguments import check_training_arguments, find_doubts, suggest_learning_rate
 from .train.checkpoint import find_checkpoint, only_run
 from .train.launch import begins_again, sign
 from .train.probe import MemoryCallback, ProbeCallback
@@ -73,6 +67,7 @@ class Run:
             self.raw = load_and_prepare_data(train_file, settings, self.cfg.seed)
             self.data = prepare_rows(self.raw, self.tokenizer, self.cfg)
             self.overlap = self._look_at_test()
+            self._tell_doubts()
         with self.phase("plan"):
             decide = lambda: _decide(self.cfg, self.data)
             self.cfg, self.phase.memory.plan = from_first(decide)
@@ -92,7 +87,7 @@ class Run:
         "Train the adapter."
         cfg, memory = self.cfg, self.phase.memory
         with self.phase("train", "training"):
-            from_first(lambda: _begin_output(cfg, self.checkpoint))
+            from_first(lambda: _begin(cfg, self.checkpoint))
             rows = self.data["train"], self.data["validation"]
             callbacks = [MemoryCallback(memory), *self.callbacks]
             self.trainer = create_trainer(
@@ -114,9 +109,10 @@ class Run:
             after = self._test()
             checks = self._check(adapter_dir)
         measured = self.history, self.phase.memory, self.trainable, self.phase.seconds
-        went_on = self.checkpoint, _changes(self.cfg.output_dir)
+        went_on = self.checkpoint, changes_in(self.cfg.output_dir)
         result = RunResult(adapter_dir, before, after, *measured, self.cfg, checks, *went_on)
-        from_first(lambda: _write_metrics(result))
+        metrics = Path(self.cfg.output_dir, "metrics.json"), json.dumps(result.to_dict(), indent=2)
+        from_first(lambda: write_record(*metrics))
         card = self.cfg, result.to_dict(), self.raw, self.history.rows, detect_hardware()
         from_first(lambda: write_card(adapter_dir, *card, self.data.report))
         print(f"\n{result}")
@@ -143,6 +139,12 @@ class Run:
         overlap = rows_in_train(train, test)
         print(overlap)
         return overlap
+
+    def _tell_doubts(self):
+        "Say what is allowed but odd, now that the data is known."
+        kept = {split.name: split.kept for split in self.data.report.splits}
+        for doubt in find_doubts(self.cfg, len(self.data["train"]), kept.get("validation", 0)):
+            print(f"note: {doubt}")
 
     def _check(self, adapter_dir):
         "What is wrong with the adapter in the folder, if anything; several processes don't look."
@@ -177,15 +179,21 @@ class _Phases:
             self.seconds[name] = time.monotonic() - start
 
 # %% ../nbs/80_run.ipynb #785bdf0a
-def _doubts(cfg):
-    "What is allowed, but odd, in sentences."
-    found = find_doubts(cfg.training)
-    if cfg.model.name == "builtin" and cfg.data.train_file != "builtin":
-        found.append(
-            "the built-in model is tiny, and knows little but notes of patients: it is for trying "
-            "things out. For conversations of your own, give a larger one as `model.name`."
-        )
-    return found
+def _look_at_folder(output_dir, resume, overwrite):
+    "The checkpoint to go on from, if any; refuses to mix two runs in one folder."
+    if resume:
+        checkpoint = find_checkpoint(output_dir, resume)
+        print(f"goes on from {checkpoint}")
+        return str(checkpoint)
+    if not overwrite:
+        check_unused(output_dir)
+    return None
+
+
+def _begin(cfg, checkpoint):
+    "Write down what is about to be trained."
+    begin_folder(cfg, resumed=bool(checkpoint))
+    sign(cfg.output_dir)
 
 
 @contextmanager
@@ -201,11 +209,9 @@ def open_run(
     check_training_arguments(cfg.training)
     check_files(cfg.data)
     with one_voice(), only_run(cfg.output_dir):
-        for doubt in _doubts(cfg):
-            print(f"note: {doubt}")
         resume = resume_from_checkpoint or begins_again(cfg.output_dir)
-        checkpoint = from_first(lambda: _check_output(cfg, resume, overwrite))
-        cfg = from_first(lambda: _as_before(cfg)) if checkpoint else cfg
+        checkpoint = from_first(lambda: _look_at_folder(cfg.output_dir, resume, overwrite))
+        cfg = from_first(lambda: keep_decisions(cfg)) if checkpoint else cfg
         run = Run(cfg, checkpoint, callbacks, tell)
         try:
             yield run
@@ -213,94 +219,6 @@ def open_run(
             if run.trainer and is_first():
                 note_end(cfg.output_dir, error)
             raise
-
-# %% ../nbs/80_run.ipynb #24547dce
-def _check_output(cfg, resume, overwrite):
-    "The checkpoint to go on from, if any; refuses to mix two runs in one folder."
-    folder, finished = Path(cfg.output_dir), Path(cfg.output_dir, "metrics.json").exists()
-    if resume:
-        checkpoint = find_checkpoint(folder, resume)
-        print(f"goes on from {checkpoint}")
-        return str(checkpoint)
-    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
-    if (checkpoints or finished) and not overwrite:
-        raise TrainingError(
-            f"The output folder holds {'a finished' if finished else 'an unfinished'} run.",
-            f"{folder}: {', '.join(['metrics.json'] * finished + checkpoints)}",
-            "Give another `output_dir`, replace it (`overwrite=True`, `lorabook run --overwrite`)"
-            + (
-                ", or go on with it (`resume_from_checkpoint=True`, `--resume`)."
-                if checkpoints
-                else "."
-            ),
-        )
-    return None
-
-
-def _begin_output(cfg, resume):
-    "Write the config; clear what an earlier, finished run left, now that this one can train."
-    folder = Path(cfg.output_dir)
-    for of_another in () if resume else (*folder.glob("checkpoint-*"), *folder.glob("runs")):
-        shutil.rmtree(of_another)
-    for name in ("metrics.json", "end.json", *([] if resume else [_CHANGES])):
-        Path(folder, name).unlink(missing_ok=True)
-    if resume:
-        _note_changes(folder, cfg)
-    cfg.to_yaml(folder / "run.yaml")
-    sign(folder)
-
-# %% ../nbs/80_run.ipynb #d3e6c037
-_LENGTH = "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "early_stopping_patience"
-_MATTER = {f"training.{name}" for name in _LENGTH}  # another adapter may come out
-_BESIDE = "max_time", "save_steps", "save_total_limit", "report_to"
-_MAY_CHANGE = {*_MATTER, *(f"training.{name}" for name in _BESIDE), "output_dir"}
-_CHANGES = "changes.json"
-
-
-def _check_same(cfg, began):
-    "Refuse to resume with settings that would make it another run."
-    changed = cfg.differences(began, _MAY_CHANGE)
-    if changed:
-        raise ConfigError(
-            "The config is not that of the run that should be resumed.",
-            "\n         ".join(changed),
-            f"Resume with {Path(cfg.output_dir, 'run.yaml')}, or begin a new run elsewhere.",
-        )
-
-
-_DECIDED = {  # what `fit` may decide -> what goes with it
-    "model.quantization": [],
-    "training.batch_size": ["training.gradient_accumulation_steps"],
-    "training.gradient_checkpointing": [],
-    "training.learning_rate": [],
-}
-
-
-def _as_before(cfg):
-    "The config with what was decided when the run began; on resuming, other memory may be free."
-    value = lambda config, key: attrgetter(key)(config)
-    if not Path(cfg.output_dir, "run.yaml").exists():
-        return cfg  # a checkpoint from elsewhere
-    began = RunConfig.from_yaml(Path(cfg.output_dir, "run.yaml"))
-    keys = [[key, *more] for key, more in _DECIDED.items() if value(cfg, key) == "auto"]
-    cfg = cfg.override(*(f"{key}={value(began, key)}" for key in sum(keys, [])))
-    _check_same(cfg, began)
-    return cfg
-
-
-def _changes(folder):
-    "What was changed in a run each time it was resumed, in words."
-    path = Path(folder, _CHANGES)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def _note_changes(folder, cfg):
-    "Add what is changed this time, of the settings that make another adapter."
-    began = folder / "run.yaml"
-    lines = cfg.differences(RunConfig.from_yaml(began)) if began.exists() else []
-    found = [line for line in lines if line.partition(":")[0] in _MATTER]
-    if found:
-        (folder / _CHANGES).write_text(json.dumps(_changes(folder) + found), encoding="utf-8")
 
 # %% ../nbs/80_run.ipynb #1bb59329
 def _decide(cfg, data):
@@ -324,9 +242,3 @@ def _placed(cfg):
     "The model's settings; layers that will be shared out are read into the machine's memory."
     shared = cfg.training.fsdp and process_count() > 1
     return dataclasses.replace(cfg.model, device_map="cpu") if shared else cfg.model
-
-
-def _write_metrics(result):
-    "The file that says a run has finished, with its figures."
-    text = json.dumps(result.to_dict(), indent=2)
-    Path(result.config.output_dir, "metrics.json").write_text(text, encoding="utf-8")

@@ -7,15 +7,11 @@ __all__ = ['NAME', 'boundaries', 'attend', 'use_varlen']
 
 # %% ../../nbs/24_model.attention.ipynb #63296775
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
 
 # %% ../../nbs/24_model.attention.ipynb #6772e533
 def boundaries(
@@ -62,7 +58,7 @@ def _one_by_one(q, k, v, ends, scaling, window, dropout):
 
 def _has_kernel(q, dropout):
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and not dropout and q.shape[-1] <= 256 and varlen_attn is not None
+    return q.is_cuda and half and not dropout and q.shape[-1] <= 256
 
 
 def attend(

@@ -22,8 +22,7 @@ from ..processes import any_of_them, from_first, is_first, wait_for_all
 
 # %% ../../nbs/59_train.checkpoint.ipynb #0634fa60
 _LIST, _BESIDE = "checksums.json", ".saving"
-# said by torch, and by safetensors, older and newer
-_NOT_WRITTEN = "PytorchStreamWriter", "inline_container", "IoError", "os error"
+_NOT_WRITTEN = "PytorchStreamWriter", "inline_container", "os error"  # by torch and safetensors
 
 
 def _checksum(path):

@@ -23,6 +23,7 @@ from ..devices import fit
 from ..errors import ConfigError, DataError, LorabookError, TrainingStopped
 from ..model.adapter import setup_lora
 from ..model.load import setup_model, setup_tokenizer
+from ..resume import differences
 from .arguments import check_training_arguments
 from .callbacks import LiveLogCallback
 from .checkpoint import check_no_checkpoint, only_run
@@ -195,7 +196,7 @@ def _open_study(folder, cfg, space, pruner):
 
 def _check_same(folder, cfg, began, space, then):
     "Refuse to mix two sweeps."
-    changed = cfg.differences(began, {"output_dir", "training.report_to"}) + [
+    changed = differences(cfg, began, {"output_dir", "training.report_to"}) + [
         f"space of {name}: {then.get(name)!r} when it began, {space.get(name)!r} now"
         for name in sorted(space.keys() | then.keys())
         if space.get(name) != then.get(name)
