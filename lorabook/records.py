@@ -94,7 +94,7 @@ class Runs:
 
     def _notes(self, alike):
         "What stands below the table."
-        notes = [f"The same in all: {', '.join(f'{n} {v}' for n, v in alike.items())}."]
+        notes = [f"The same in all: {', '.join(f'{n} ({v})' for n, v in alike.items())}."]
         return notes * bool(alike) + [f"passed over: {visible(fault)}" for fault in self.faults]
 
     def __repr__(self):
