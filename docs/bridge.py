@@ -4,6 +4,7 @@ import ast
 import os
 import re
 from importlib import import_module
+from textwrap import TextWrapper
 
 from api import show_doc
 from execnb.nbio import mk_cell
@@ -24,7 +25,9 @@ TAGS = {  # `exports` is missing: its source stays open
     "output: false": "remove-output",
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say: nothing without a kernel
-COLUMNS = re.compile(r"(?:^.*\S {2,}\S.*\n){2}", re.M)  # two lines with gaps: printed as a table
+GAP = re.compile(r"\S {2,}\S")
+COLUMNS = re.compile(rf"(?:^.*{GAP.pattern}.*\n){{2}}", re.M)  # two lines: printed as a table
+SENTENCES = TextWrapper(100, break_long_words=False, break_on_hyphens=False)
 
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\A# (.+)\n+> (.+(?:\n> .+)*)")
@@ -47,9 +50,13 @@ def title_and_lead(nb):
 
 
 def in_columns(output):
-    "Whether a printed output is a table, whose lines should not be broken on a phone."
-    text = "".join(output.get("text", "")) + "\n"
-    return bool(COLUMNS.search(text)) and max(map(len, text.splitlines())) < 110
+    "Whether a printed output is a table, whose lines should not be broken; long sentences are."
+    text = "".join(output.get("text", ""))
+    if not COLUMNS.search(text + "\n"):
+        return False
+    lines = [line if GAP.search(line) else SENTENCES.fill(line) for line in text.split("\n")]
+    output["text"] = "\n".join(lines)
+    return True
 
 
 def process(path):

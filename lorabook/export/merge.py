@@ -61,8 +61,8 @@ class Merged:
                 f"({figures}). Use the adapter on its base instead, or merge with another `dtype`."
             )
         said = f"The merge is right: it differs from {against} by rounding only ({figures})."
-        but = f" Its answers may differ from {trained}, with which it shares {same:.0%} of choices."
-        return said + but * (trained != against)
+        alike = f"In {same:.0%} of cases it chooses the same next token as {trained}"
+        return said + f" {alike}; its answers may differ." * (trained != against)
 
     def _facts(self):
         yield (
