@@ -43,6 +43,13 @@ def _head(model):
     return head
 
 
+def _used_once(model, seen):
+    "What was seen at the head in a forward, if that was once."
+    if len(seen) != 1:
+        raise _refuse(model, "doesn't use its output head once.", f"used {len(seen)} times")
+    return seen[0]
+
+
 def _run_body(model, batch):
     "What goes into the head, and the number format that autocast has there; None: it is off."
     seen = []
@@ -58,9 +65,7 @@ def _run_body(model, batch):
         model(**{name: value for name, value in batch.items() if name != "labels"})
     finally:
         handle.remove()
-    if len(seen) != 1:
-        raise _refuse(model, "doesn't use its output head once.", f"used {len(seen)} times")
-    return seen[0]
+    return _used_once(model, seen)
 
 # %% ../../nbs/22_model.loss.ipynb #9c520001
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +116,11 @@ def measure_tail(
             logits = model(input_ids=ids).logits[0].float().cpu()
     finally:
         handle.remove()
-    if given and logits.shape == given[0].shape:
+    probes = _used_once(model, given)
+    if logits.shape == probes.shape:
         big, small, one = logits[:3, 0].tolist()
         for tail in (Tail(one), Tail(small * 2**10, big)):
-            if torch.allclose(logits, tail(given[0]), rtol=1e-4, atol=0):
+            if torch.allclose(logits, tail(probes), rtol=1e-4, atol=0):
                 return tail
     found = f"{_PROBES.tolist()} became {logits[:, 0].tolist()}"
     raise _refuse(model, "makes its logits in a way that is not known here.", found)
