@@ -70,7 +70,7 @@ def reference(notebooks, documented):
     for name, path in chapters.items():
         module = import_module(f"{lorabook.__name__}.{name}")
         page = name.split(".")[0] if "." in name else OTHERS
-        title = f"`lorabook.{page}`" if "." in name else "Modules in no package"
+        title = f"`lorabook.{page}`" if "." in name else "Other modules"
         text = pages.setdefault(page, f"# {title}\n")
         pages[page] = f"{text}\n{module_section(module, path, documented)}\n"
         for n in module.__all__:

@@ -45,9 +45,17 @@ def _read_config(words, resume=False):
             "Give one, and changes as section.key=value.",
         )
     cfg = (RunConfig.from_yaml(files[0]) if files else RunConfig()).override(*changes)
+    if not resume or files:
+        return cfg
     began = Path(cfg.output_dir, "run.yaml")
-    if resume and not files and began.exists():
-        cfg = RunConfig.from_yaml(began).override(*changes)
+    if began.exists():
+        return RunConfig.from_yaml(began).override(*changes)
+    if any(began.parent.glob("checkpoint-*")):
+        raise ConfigError(
+            "It is not known with which settings this training began.",
+            f"{began.parent} holds checkpoints and no run.yaml",
+            "Give the config that it had: `--resume config.yaml`",
+        )
     return cfg
 
 
@@ -107,8 +115,8 @@ def _plan(arguments):
         print(f"What `lorabook run` would take on {find_device(name).name}, if the longest row of")
         print(f"the data has {cfg.model.max_length} tokens:\n\n{found}\n")
     finally:  # if it does not fit, the table shows where it would
-        print("How far the memory goes. Where the config says `auto`, this is the choice that")
-        print("needs little; a run takes it only where a faster one does not fit:\n")
+        print("The least that it can take, for which a run chooses slower settings where the")
+        print("config says `auto`, and how long or how many the rows could be with these:\n")
         print(table)
 
 
@@ -332,7 +340,7 @@ def main(
         return 2
     except KeyboardInterrupt:
         can_resume = hasattr(arguments, "resume")
-        more = "; `--resume` goes on from the last checkpoint" if can_resume else ""
+        more = "; if a checkpoint was saved, `--resume` goes on from it" if can_resume else ""
         print(f"\nstopped{more}", file=sys.stderr)
         return 130
     return 0

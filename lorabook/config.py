@@ -521,7 +521,10 @@ class RunConfig(_Settings):
         for change in changes:
             path, equals, value = change.partition("=")
             *section, key = path.strip().split(".")
-            if not equals or len(section) > 1 or (section and section[0] not in SECTIONS):
+            if not equals:
+                todo = f"Give a value, too: {path.strip()}=..."
+                raise ConfigError("A change is written `section.key=value`.", change, todo)
+            if len(section) > 1 or (section and section[0] not in SECTIONS):
                 hint = nearest(section[0], SECTIONS) if section else ""
                 raise ConfigError(
                     "A change is written `section.key=value`.",

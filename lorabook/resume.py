@@ -66,9 +66,10 @@ def check_unused(
     folder, finished = Path(output_dir), Path(output_dir, "metrics.json").exists()
     checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
     go_on = ", or go on with it (`resume_from_checkpoint=True`, `--resume`)" * bool(checkpoints)
+    begun = "an unfinished run" if (folder / "run.yaml").exists() else "another training"
     if checkpoints or finished:
         raise TrainingError(
-            f"The output folder holds {'a finished' if finished else 'an unfinished'} run.",
+            f"The output folder holds {'a finished run' if finished else begun}.",
             f"{folder}: {', '.join(['metrics.json'] * finished + checkpoints)}",
             "Give another `output_dir`, replace it (`overwrite=True`, `lorabook run --overwrite`)"
             f"{go_on}.",
@@ -93,6 +94,7 @@ def _note_changes(cfg):
     folder, path = Path(cfg.output_dir), Path(cfg.output_dir, "run.yaml")
     lines = differences(cfg, RunConfig.from_yaml(path)) if path.exists() else []
     if found := [line for line in lines if line.partition(":")[0] in _MATTER]:
+        print("changed:", *found, sep="\n  ")
         write_record(folder / _CHANGES, json.dumps(changes_in(folder) + found))
 
 

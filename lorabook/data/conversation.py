@@ -40,12 +40,14 @@ def recognise(
     for shape, columns in SHAPES.items():
         if all(column in row for column in columns):
             return shape
+    names = {str(name).strip().lower() for name in row}
+    meant = [" + ".join(columns) for columns in SHAPES.values() if names.issuperset(columns)]
     raise DataError(
         f"{place} has a shape that isn't recognised.",
         f"columns: {', '.join(map(str, row)) or 'none'}",
         "Name the columns in one of these ways: "
         + "; ".join(" + ".join(columns) for columns in SHAPES.values())
-        + ".",
+        + (f". Did you mean {meant[0]}, in small letters?" if meant else "."),
     )
 
 # %% ../../nbs/27_data.conversation.ipynb #285c5a4b

@@ -54,7 +54,7 @@ class Merged:
             return ""
         trained, *_, same = self.differences[0]
         against, _, mean, _ = self.differences[-1]
-        figures = f"{mean:.2g} in the mean; up to {self.limit:.2g} can be rounding"
+        figures = f"the mean is {mean:.2g}; a mean of up to {self.limit:.2g} can be rounding"
         if mean > self.limit:
             return (
                 f"THE MERGE MAY BE WRONG: it differs from {against} by more than rounding "

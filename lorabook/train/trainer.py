@@ -103,7 +103,8 @@ class AdapterTrainer(StepTrainer):
             raise TrainingStopped(
                 f"The training was stopped after step {step} of {self.state.max_steps}: {reason}.",
                 self._kept(),
-                "Go on with `resume_from_checkpoint=True`, or `--resume` on the command line.",
+                "Go on with `resume_from_checkpoint=True`, or on the command line with "
+                f"`--resume output_dir={self.args.output_dir}`.",
             )
 
     def _kept(self):
@@ -166,6 +167,8 @@ class AdapterTrainer(StepTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         over = self.state.global_step >= self.state.max_steps  # a finished run that was resumed
+        if over:
+            print(f"Step {self.state.global_step} is done: no step is left to train.", flush=True)
         if over or stopped_early(self.callback_handler.callbacks):
             self.control.should_training_stop = True  # it had been stopped before it was resumed
         else:
@@ -186,10 +189,12 @@ class AdapterTrainer(StepTrainer):
     def _say_kept(self):
         "Say which step it is, if not the last, and whether the training ended for that."
         best, last = self.state.best_global_step, self.state.global_step
-        if best < last:
+        if self.stopper.reason:
+            print(f"Step {best} is loaded, the best that was validated so far.", flush=True)
+        elif best < last:
             early = stopped_early(self.callback_handler.callbacks)
             ended = f", so the training ended after step {last}" if early else ""
-            print(f"Step {best} is kept: no later one was better{ended}.")
+            print(f"Step {best} is kept: no later one was better{ended}.", flush=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PeftModel):
