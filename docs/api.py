@@ -97,6 +97,8 @@ def show_doc(obj, name=None):
         for key, value in (vars(obj).items() if is_class else ())
         if key[0] != "_"
         and value.__doc__
+        and value.__doc__
+        not in [getattr(b, key).__doc__ for b in obj.__mro__[1:] if hasattr(b, key)]
         and (inspect.isroutine(value) or isinstance(value, property))
     ]
     parts = (

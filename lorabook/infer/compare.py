@@ -74,6 +74,9 @@ def _warnings(measures, judge, kind, train_loss):
     if kind == "better" and train_loss is not None and unseen > max(0.25, 2 * train_loss):
         known = f"their loss is {train_loss:.3g}, that of unseen ones {unseen:.3g}"
         said.append(f"The training rows are known partly by heart: {known}.")
+    if kind == "better" and judge.after < 0.5:
+        score = f"{judge.name.replace('_', ' ')} {judge.after:.0%}"
+        said.append(f"Better is not yet good ({score}): read some answers before you use them.")
     return said
 
 # %% ../../nbs/52_infer.compare.ipynb #cf184092
