@@ -119,10 +119,10 @@ def _outline(x):
 class Ledger(FakeTensorMode):
     "Inside of it tensors have no content, and their storages are noted from birth to end."
 
+    avoid_device_init = False  # else torch makes a GPU up where there is none
+
     def __init__(self):
-        with torch.enable_grad():
-            torch.ones((), requires_grad=True).backward()  # now autograd has counted the devices
-        super().__init__(allow_non_fake_inputs=True)  # this makes one up where there is none
+        super().__init__(allow_non_fake_inputs=True)
         self.sizes, self.births, self.events = {}, {}, []  # storage -> bytes; -> phase, shape, grad
         self.phase, self.alive, self.inside = "base weights", {}, False
         self.known = {}  # operations and their arguments -> results
