@@ -33,6 +33,7 @@ def test_by_keyboard(open_notebook, lab, hundred):
     first = page.get_by_label("model", exact=True)
     page.wait_for_function(f"({STOPS})() > 35")
     count = page.evaluate(STOPS)
+    assert count > 35
     first.focus()
     reached = {page.evaluate(AT)}
     for _ in range(2 * count):

@@ -562,7 +562,7 @@ for _ in range(2):
         thread.submit(plan_memory).result()
 train()
 if child := os.fork():
-    raise SystemExit(os.waitpid(child, 0)[1])
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 train()
 """
 
