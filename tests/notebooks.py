@@ -64,7 +64,7 @@ class Kernel:
         wait_until(lambda: self.read() or cell in self.idle, seconds)
         outputs = self.outputs[cell]
         if any(output.output_type == "error" for output in outputs):
-            wait_until(lambda: self.execute("0"))  # at first it turns away what comes
+            wait_until(self._answers)  # at first it turns away what comes
         return checked(outputs, error)
 
     def execute(self, code, error=None, seconds=60):
@@ -116,6 +116,14 @@ class Kernel:
                 self.models[content["comm_id"]].update(content["data"]["state"])
             elif kind == "status" and content["execution_state"] == "idle":
                 self.idle.add(cell)
+
+    def _answers(self):
+        "Whether a cell that is sent now is run, within 5 s."
+        cell, end = self.execute_async("0"), time.monotonic() + 5
+        while cell not in self.idle and time.monotonic() < end:
+            self.read()
+            time.sleep(0.01)
+        return self.outputs.get(cell)
 
     def _send(self, model_id, data):
         message = self.client.session.msg("comm_msg", {"comm_id": model_id, "data": data})
