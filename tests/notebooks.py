@@ -218,16 +218,19 @@ class Notebook:
     "A notebook that is open in JupyterLab. `page` is Playwright's."
 
     def __init__(self, page, lab, path):
-        self.page, self.path, self.problems = page, path, []
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", lambda m: self.problems.append(m.text) if m.type == "error" else None)
+        self.page, self.path, self.problems, self.begun = page, path, [], time.monotonic()
+        page.on("pageerror", self._note)
+        page.on("console", lambda m: self._note(m.text) if m.type == "error" else None)
         page.on("request", lambda request: self._ours(request.url))
         page.on("websocket", lambda socket: self._ours(socket.url))
         page.goto(f"{lab[1]}lab/tree/{path.name}?reset&token={lab[2]}")
 
+    def _note(self, problem):
+        self.problems.append(f"after {time.monotonic() - self.begun:.1f} s: {problem}")
+
     def _ours(self, url):
         if urlsplit(url).hostname not in (None, "localhost", "127.0.0.1"):
-            self.problems.append(f"asks {url}")
+            self._note(f"asks {url}")
 
     def do(self, command, seconds=60, wait=True):
         "Run a command of JupyterLab, and wait for its end."
@@ -236,10 +239,12 @@ class Notebook:
             self.page.wait_for_function(f"window.done['{command}']", timeout=1000 * seconds)
 
     def wait_idle(self, seconds=60):
-        "Wait until the kernel is connected and idle."
+        "Wait until the kernel is connected and idle, and has told the page of its widgets."
         kernel = f"{PANEL}?.sessionContext?.session?.kernel"
         ready = f"{kernel}?.connectionStatus == 'connected' && {kernel}.status == 'idle'"
         self.page.wait_for_function(ready, timeout=1000 * seconds)
+        for _ in range(2):  # the page asks twice; this is answered after each of its questions
+            self.page.evaluate(f"{kernel}.requestCommInfo({{}})")
 
     def start(self):
         "Run all cells, and do not wait."

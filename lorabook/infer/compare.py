@@ -156,6 +156,10 @@ class Comparison:
         "The `n` most changed examples, for better or worse."
         return self.examples[:n]
 
+    def better(self, n: int = 10) -> list[Example]:
+        "The `n` examples that gained most."
+        return [example for example in self.examples if example.gain > 0][:n]
+
     def worse(self, n: int = 10) -> list[Example]:
         "The `n` examples that lost most."
         return [example for example in self.examples if example.gain < 0][:n]
@@ -186,12 +190,11 @@ class Comparison:
         return f"Comparison({self.kind}: {self.names[1]} against {self.names[0]})"
 
     def __str__(self):
-        parts = [self.verdict, *self.warnings, "", table_text(*self._table()), "", *self.left_out]
-        worse = self.worse(3)
-        parts += ["What got worse:"] * bool(worse)
-        for example in worse:
-            asked = text_of(example.prompt[-1].get("content"))
-            parts += ["", asked, "  " + marked_text(example.after, example.reference)]
+        parts = [self.verdict, *self.warnings, "", table_text(*self._table())]
+        parts += ["", *self.left_out] * bool(self.left_out)
+        rows = self.after.rows
+        parts += _examples_text("better", self.better(rows), rows, 1, self.names)
+        parts += _examples_text("worse", self.worse(rows), rows, 3, self.names)
         return visible("\n".join(parts))
 
     def html(
@@ -251,6 +254,20 @@ def _refuse_others(before, after):
     raise DataError("These scores can't be compared.", found, todo)
 
 # %% ../../nbs/52_infer.compare.ipynb #f138e8dd
+def _examples_text(kind, examples, rows, count, names):
+    "Lines of the first examples, each with both answers."
+    if not examples:
+        return []
+    lines = [f"\nWhat got {kind} ({len(examples)} of {rows} answers), beginning with the most:"]
+    for e in examples[:count]:
+        said = text_of(e.prompt[-1].get("content")), e.before, marked_text(e.after, e.reference)
+        for who, text in zip(("asked", *names), said):
+            cut = shorten(text, 400, placeholder=" …")
+            lines.append(f"  {who:<{max(map(len, ('asked', *names)))}}  {cut or '(nothing)'}")
+    marked = any(sign in line for line in lines for sign in ("[-", "{+"))
+    return lines + ["  ([-so-] is only in the reference, {+so+} only in the answer)"] * marked
+
+
 def _examples_html(title, examples, names):
     "Examples, each with both answers beside the reference."
     parts = [f"<h4>{escape(title)}</h4><p>{LEGEND}</p>"]
