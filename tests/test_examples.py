@@ -418,6 +418,7 @@ SLOW = [path for path in sorted(GUIDES) if '"#| slow' in path.read_text(encoding
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
 def test_slow_cells(path):
-    command = [shutil.which("nbdev_test"), "--flags", "slow", "--path", path]
+    program = shutil.which("nbdev_test", path=Path(sys.executable).parent)
+    command = [program, "--flags", "slow", "--path", path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
