@@ -66,16 +66,20 @@ def module_section(module, notebook, documented):
 def reference(notebooks, documented):
     "The pages of the reference: {path: text}."
     chapters = {path[:-6].partition("_")[2]: path for path in notebooks if path[0].isdigit()}
-    pages, public = {}, {page: [] for page in PARTS}
+    pages, public, own = {}, {page: [] for page in PARTS}, {}
     for name, path in chapters.items():
         module = import_module(f"{lorabook.__name__}.{name}")
         page = name.split(".")[0] if "." in name else OTHERS
         title = f"`lorabook.{page}`" if "." in name else "Other modules"
-        text = pages.setdefault(page, f"# {title}\n")
+        text = pages.setdefault(page, f"# {title}\n\nOWN\n")
         pages[page] = f"{text}\n{module_section(module, path, documented)}\n"
         for n in module.__all__:
             if n in lorabook.__all__:
                 public[part_of(path)].append((n, getattr(module, n), path))
+                own.setdefault(page, []).append(f"[`{n}`](index.md#{n.lower()})")
+    for page, text in pages.items():  # before the names that only chapters need
+        links = ", ".join(own.get(page, []))
+        pages[page] = text.replace("OWN", f"What most users need: {links}." if links else "", 1)
     links = ", ".join(f"[{'others' if p == OTHERS else p}]({p}.md)" for p in pages)
     text = PUBLIC.replace("PACKAGES", links)
     for page, names in public.items():

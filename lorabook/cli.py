@@ -242,7 +242,7 @@ _COMMANDS: dict[str, tuple] = {
     ),
     "chat": (
         _chat,
-        "talk to an adapter and to its base model, or to a merged model",
+        "talk to an adapter, or after a line /base to its base model; or to a merged model",
         _FOLDER,
         ("--system", dict(default="", metavar="PROMPT", help="the system prompt; none: empty")),
     ),

@@ -99,7 +99,8 @@ class Runs:
 
     def __repr__(self):
         head, rows, alike = self._table()
-        table = table_text(head, rows) if rows else f"There is no run in {self.folder}."
+        none = f"There is no run in {self.folder}; for another folder: `lorabook runs FOLDER`."
+        table = table_text(head, rows) if rows else none
         return "\n".join([table, *self._notes(alike)])
 
     def _repr_html_(self):

@@ -171,7 +171,7 @@ def _read_conversations(source, key, system_prompt, problems=None):
     if not (found.count or problems):
         raise DataError(
             f"{name!r} has no rows.",
-            "an empty file",
+            "an empty file, or nothing after its header",
             "Give a file with at least one conversation.",
         )
     if found.count:

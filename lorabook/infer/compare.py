@@ -17,7 +17,7 @@ from ..errors import DataError
 from .evaluate import Scores
 from .marks import LEGEND, example_html, marked_text
 from .metrics import METRICS
-from .statistics import Measure, show_interval
+from .statistics import Measure, few_rows, show_interval
 from ..pictures import table_html, table_text, text_html, visible
 
 # %% ../../nbs/52_infer.compare.ipynb #737f602f
@@ -30,7 +30,7 @@ def _decides(measures):
 def _kind(judge, loss, train_loss):
     "The verdict in one word or three."
     learned = train_loss is not None and train_loss < loss.before / 2
-    jumped = loss.shown < 0 and loss.interval[0] > 1
+    jumped = loss.interval is not None and loss.interval[0] > 1
     if not math.isfinite(loss.after) or (jumped and not learned):
         return "broken"
     by_heart = learned and loss.after > max(0.25, 10 * train_loss)
@@ -52,10 +52,19 @@ _SENTENCES = {
     "fewer steps.",
     "worse": "Worse: the {after} falls behind the {before} on {rows} unseen conversations: "
     "{judge}; {loss}.",
-    "no difference shown": "No difference shown: on {rows} unseen conversations, that between the "
-    "{before} and the {after} may be luck: {judge}, p = {judge.p:.2g}; {loss}. "
-    "More test rows would tell.",
+    "no difference shown": "No difference shown between the {before} and the {after} in what "
+    "decides, on {rows} unseen conversations: {judge}, which may be luck (p = {judge.p:.2g}); "
+    "{loss}. {todo}",
 }
+
+
+def _todo(rows, loss):
+    "What helps where no difference is shown."
+    if few_rows(rows):
+        return "So few rows can't show any, whatever they say: test on more."
+    if loss.shown > 0:
+        return "The right words did become likelier: more steps may bring the answers there."
+    return "More test rows would tell."
 
 # %% ../../nbs/52_infer.compare.ipynb #77fd6b95
 _PRICES = {
@@ -87,8 +96,8 @@ class Example:
     number: int  # of the row, from 1
     prompt: list  # messages
     reference: str  # what should have been said
-    before: str  # what was said
-    after: str
+    before: str  # what the first said
+    after: str  # what the second said
     gain: float  # of the deciding metric
     loss: float  # rise of the loss, nats per token
     scores: dict  # metric -> (before, after)
@@ -125,6 +134,7 @@ class Comparison:
             judge=self.measures[self.decides],
             loss=self.measures["loss"],
             train_loss=self.train_loss,
+            todo=_todo(self.after.rows, self.measures["loss"]),
             prompt=shorten(text_of(row.prompt[-1].get("content")), 60, placeholder=" …")
             if row
             else "",
@@ -258,7 +268,7 @@ def _examples_text(kind, examples, rows, count, names):
     "Lines of the first examples, each with both answers."
     if not examples:
         return []
-    lines = [f"\nWhat got {kind} ({len(examples)} of {rows} answers), beginning with the most:"]
+    lines = [f"\nWhat got {kind} ({len(examples)} of {rows} answers), most of all:"]
     for e in examples[:count]:
         said = text_of(e.prompt[-1].get("content")), e.before, marked_text(e.after, e.reference)
         for who, text in zip(("asked", *names), said):

@@ -103,9 +103,14 @@ class AdapterTrainer(StepTrainer):
             raise TrainingStopped(
                 f"The training was stopped after step {step} of {self.state.max_steps}: {reason}.",
                 self._kept(),
-                "Go on with `resume_from_checkpoint=True`, or on the command line with "
-                f"`--resume output_dir={self.args.output_dir}`.",
+                f"Go on with `resume_from_checkpoint=True`{self._by_command()}.",
             )
+
+    def _by_command(self):
+        "How a run, which has its settings in its folder, goes on from the command line."
+        if not Path(self.args.output_dir, "run.yaml").exists():
+            return ""
+        return f", or on the command line with `--resume output_dir={self.args.output_dir}`"
 
     def _kept(self):
         "The last checkpoint, in words."
