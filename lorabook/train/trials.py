@@ -41,8 +41,11 @@ def next_point(
     sampler = optuna.samplers.TPESampler(seed=(seed + len(done)) % 2**32, n_startup_trials=5)
     study = optuna.create_study(sampler=sampler)  # of its own, in memory
     study.add_trials(done)
+    proposals = 1
     while (point := study.ask(distributions).params) in tried:
-        pass
+        if proposals == 100:
+            study.sampler = optuna.samplers.RandomSampler(seed=(seed + len(done)) % 2**32)
+        proposals += 1
     return point
 
 # %% ../../nbs/65_train.trials.ipynb #97c901ef
